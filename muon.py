@@ -1,0 +1,254 @@
+"""Muon and Adam in one optimizer, over plain tensors and FSDP2 shards.
+
+Muon (Jordan 2024, https://kellerjordan.github.io/posts/muon/) steps a weight matrix along the orthogonalised momentum
+of its gradient. Newton-Schulz needs the whole matrix, and FSDP2 leaves a slice of its rows on each rank, so
+
+    1. momentum is updated where it lives, on the slices, and is never gathered;
+    2. every matrix has one owner among all ranks: the slices of an update travel to it in one all-to-all;
+    3. each owner runs Newton-Schulz on its own matrices, those of equal shape as one batched product;
+    4. a second all-to-all carries the rows of the result back to every rank that holds them.
+
+No rank waits for the Newton-Schulz of another's matrix, and the work is 1 / world size of a serial Muon's.
+Everything that is not a Muon matrix takes an ordinary Adam step (Kingma & Ba, arXiv 1412.6980).
+"""
+
+from collections import defaultdict
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # the quintic of Jordan 2024: steepest at 0, singular values end near 1
+RMS_SCALE = 0.2  # Adam's typical update RMS: Muon's learning rate then means what Adam's does (arXiv 2502.16982)
+
+MUON_DEFAULTS = dict(lr=1e-4, momentum=0.95, nesterov=True, ns_steps=5, ns_dtype=torch.bfloat16, weight_decay=0.0)
+ADAM_DEFAULTS = dict(lr=1e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
+
+
+def newton_schulz(G: Tensor, steps: int) -> Tensor:
+    """Push the singular values of each matrix in `G` [..., m, n] towards 1, in the dtype of `G`.
+
+    Returns [..., m, n] with the singular vectors of `G` and, after 5 steps, singular values of about 0.7 to 1.2: an
+    approximation of the polar factor U V^T by `steps` quintic iterations X <- aX + (bA + cA^2)X with A = X X^T.
+    """
+    a, b, c = NS_COEFFICIENTS
+    X = G.reshape(-1, *G.shape[-2:])  # [..., m, n] -> [K, m, n]
+    tall = X.shape[-2] > X.shape[-1]
+    X = X.mT if tall else X  # the smaller Gram matrix
+    norm = torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True, dtype=torch.promote_types(X.dtype, torch.float32))
+    X = X / norm.clamp(min=1e-7).to(X.dtype)  # the Frobenius norm bounds the spectral norm: all singular values <= 1
+    for _ in range(steps):
+        A = X @ X.mT  # [K, m, m]
+        B = torch.baddbmm(A, A, A, beta=b, alpha=c)
+        X = torch.baddbmm(X, B, X, beta=a)
+    X = X.mT if tall else X
+    return X.reshape(G.shape)  # [K, m, n] -> [..., m, n]
+
+
+def orthogonalize(updates: list[Tensor], steps: int, dtype: torch.dtype) -> list[Tensor]:
+    """`newton_schulz` of whole matrices, equal shapes as one batch; returns them in `dtype` and in the given order."""
+    by_shape = defaultdict(list)
+    for i, update in enumerate(updates):
+        by_shape[update.shape].append(i)
+    out: list[Tensor] = [torch.empty(0)] * len(updates)
+    for indices in by_shape.values():
+        batch = newton_schulz(torch.stack([updates[i].to(dtype) for i in indices]), steps)  # [K, m, n]
+        for i, result in zip(indices, batch.unbind()):
+            out[i] = result
+    return out
+
+
+def newton_schulz_cost(shape: torch.Size) -> int:
+    """Multiply-adds of one Newton-Schulz iteration on a matrix of `shape`: two m x m x n products and one m x m x m."""
+    m, n = sorted(shape)
+    return 2 * m * m * n + m * m * m
+
+
+def assign_owners(shapes: list[torch.Size], world: int) -> list[int]:
+    """The owning rank of each matrix, balanced by Newton-Schulz cost (longest processing time first)."""
+    load = [0] * world
+    owners = [0] * len(shapes)
+    for i in sorted(range(len(shapes)), key=lambda i: -newton_schulz_cost(shapes[i])):
+        owners[i] = min(range(world), key=load.__getitem__)
+        load[owners[i]] += newton_schulz_cost(shapes[i])
+    return owners
+
+
+class Transport:
+    """Carries the updates of sharded matrices to their owners and the results back.
+
+    Works for parameters sharded by rows over the last dimension of a device mesh and replicated over any other; the
+    mesh must cover all ranks. A matrix travels to its owner from the owner's own replica and back to every replica.
+    """
+
+    def __init__(self, params: list[DTensor]):
+        mesh = params[0].device_mesh
+        sharded_by_rows = (Replicate(),) * (mesh.ndim - 1) + (Shard(0),)
+        for p in params:
+            if p.device_mesh != mesh or tuple(p.placements) != sharded_by_rows:
+                raise ValueError(f"Muon needs all matrices sharded by rows over one mesh, not {p.placements}")
+        if mesh.size() != dist.get_world_size():
+            raise ValueError(f"Muon's mesh has {mesh.size()} of {dist.get_world_size()} ranks; it needs all of them")
+        ranks = mesh.mesh.reshape(-1, mesh.mesh.shape[-1])  # [replicas, shards] of global ranks
+        place = {int(ranks[r, s]): (r, s) for r in range(ranks.shape[0]) for s in range(ranks.shape[1])}
+        replica, shard = place[dist.get_rank()]
+        self.shapes = [p.shape for p in params]
+        owners = assign_owners(self.shapes, mesh.size())
+        self.mine = [i for i, owner in enumerate(owners) if owner == dist.get_rank()]
+
+        def rows(i: int, shard: int) -> int:  # FSDP2 shards as torch.chunk does: ceil(m / shards), the rest on the last
+            m = self.shapes[i][0]
+            chunk = -(-m // ranks.shape[1])
+            return max(0, min(m - shard * chunk, chunk))
+
+        def numel(i: int, shard: int) -> int:
+            return rows(i, shard) * self.shapes[i][1]
+
+        self.local_shapes = [(rows(i, shard), shape[1]) for i, shape in enumerate(self.shapes)]
+        self.by_owner = sorted(range(len(params)), key=owners.__getitem__)  # the order inside every buffer
+        self.to_owner = [sum(numel(i, shard) for i in self.by_owner if owners[i] == rank and place[rank][0] == replica)
+                         for rank in range(mesh.size())]
+        self.from_shards = [sum(numel(i, place[rank][1]) for i in self.mine) if place[rank][0] == replica else 0
+                            for rank in range(mesh.size())]
+        self.to_shards = [sum(numel(i, place[rank][1]) for i in self.mine) for rank in range(mesh.size())]
+        self.from_owner = [sum(numel(i, shard) for i in self.by_owner if owners[i] == rank)
+                           for rank in range(mesh.size())]
+        self.sent = [i for i in self.by_owner if place[owners[i]][0] == replica]
+        self.shard_of = [place[rank][1] for rank in range(mesh.size())]
+        self.sources = [rank for rank in range(mesh.size()) if place[rank][0] == replica]  # in shard order below
+        self.sources.sort(key=lambda rank: place[rank][1])
+        self.rows = rows
+
+    def orthogonalize(self, updates: list[Tensor], steps: int, dtype: torch.dtype) -> list[Tensor]:
+        """Row slices of every matrix in, row slices of every orthogonalised matrix out, in `dtype`."""
+        device = updates[0].device
+        send = torch.cat([torch.empty(0, dtype=dtype, device=device), *(updates[i].to(dtype).flatten() for i in self.sent)])
+        received = self._exchange(send, self.to_owner, self.from_shards)
+        slices: dict[int, list[Tensor]] = {}  # rank -> its rows of my matrices
+        for rank, buffer in enumerate(received.split(self.from_shards)):
+            if rank in self.sources:
+                slices[rank] = self._unpack(buffer, self.shard_of[rank])
+        whole = [torch.cat([slices[rank][k] for rank in self.sources]) for k in range(len(self.mine))]  # [m, n]
+        results = orthogonalize(whole, steps, dtype)
+
+        pieces = [torch.empty(0, dtype=dtype, device=device)]
+        for shard in self.shard_of:
+            for i, result in zip(self.mine, results):
+                first = sum(self.rows(i, s) for s in range(shard))
+                pieces.append(result[first : first + self.rows(i, shard)].flatten())
+        returned = self._exchange(torch.cat(pieces), self.to_shards, self.from_owner)
+        out: list[Tensor] = [torch.empty(0)] * len(updates)
+        sizes = [self.local_shapes[i][0] * self.local_shapes[i][1] for i in self.by_owner]
+        for i, piece in zip(self.by_owner, returned.split(sizes)):
+            out[i] = piece.view(self.local_shapes[i])
+        return out
+
+    def _unpack(self, buffer: Tensor, shard: int) -> list[Tensor]:
+        shapes = [(self.rows(i, shard), self.shapes[i][1]) for i in self.mine]
+        return [piece.view(shape) for piece, shape in zip(buffer.split([m * n for m, n in shapes]), shapes)]
+
+    @staticmethod
+    def _exchange(send: Tensor, send_sizes: list[int], receive_sizes: list[int]) -> Tensor:
+        received = send.new_empty(sum(receive_sizes))
+        dist.all_to_all_single(received, send, receive_sizes, send_sizes)
+        return received
+
+
+def local(tensors: list[Tensor]) -> list[Tensor]:
+    """This rank's part of each tensor, sharing its memory."""
+    return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon for the groups with `use_muon` True, Adam for those with `use_muon` False.
+
+    Muon groups hold 2-D parameters and take `lr, momentum, nesterov, ns_steps, ns_dtype, weight_decay`; Adam groups take
+    `lr, betas, eps, weight_decay` (decoupled decay in both). Any other key raises ValueError. Muon's update is
+    -lr * 0.2 * sqrt(max(rows, cols)) * newton_schulz(nesterov momentum), the scale of arXiv 2502.16982.
+    """
+
+    def __init__(self, param_groups: list[dict]):
+        groups = []
+        for group in param_groups:
+            if not isinstance(group.get("use_muon"), bool):
+                raise ValueError("every group needs use_muon=True or use_muon=False")
+            defaults = MUON_DEFAULTS if group["use_muon"] else ADAM_DEFAULTS
+            unknown = set(group) - set(defaults) - {"params", "use_muon"}
+            if unknown:
+                raise ValueError(f"unknown keys {sorted(unknown)} in a group with use_muon={group['use_muon']}; "
+                                 f"known are {sorted(defaults)}")
+            group = {**defaults, **group, "params": list(group["params"])}
+            not_matrices = [tuple(p.shape) for p in group["params"] if p.ndim != 2]
+            if group["use_muon"] and not_matrices:
+                raise ValueError(f"Muon takes matrices only, not shapes {not_matrices}")
+            groups.append(group)
+        super().__init__(groups, {})
+        self._transports: dict[int, Transport] = {}
+        # State exists from the start, so that a checkpoint can be loaded into it before the first step.
+        for group in self.param_groups:
+            for p in group["params"]:
+                if group["use_muon"]:
+                    self.state[p]["momentum"] = torch.zeros_like(p)
+                else:
+                    self.state[p]["step"] = torch.zeros((), device=p.device)
+                    self.state[p]["exp_avg"] = torch.zeros_like(p)
+                    self.state[p]["exp_avg_sq"] = torch.zeros_like(p)
+
+    @torch.no_grad()
+    def step(self, ok: Tensor | None = None) -> None:
+        """Update all parameters that have a gradient.
+
+        ok: a 0-dim tensor on the parameters' device, 1 to step and 0 to leave weights and state as they are; it is
+        never read by the host. Gradients must be zero where it is 0 (`train_prx.clip_gradients` sees to that).
+        """
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            taken = torch.ones((), device=params[0].device) if ok is None else ok
+            (self._muon if group["use_muon"] else self._adam)(group, params, taken)
+
+    def _muon(self, group: dict, params: list[Tensor], ok: Tensor) -> None:
+        weights, grads = local(params), local([p.grad for p in params])
+        momenta = local([self.state[p]["momentum"] for p in params])
+        decay = torch.where(ok > 0, group["momentum"], 1.0)
+        torch._foreach_mul_(momenta, decay)
+        torch._foreach_add_(momenta, grads, alpha=1 - group["momentum"])
+        updates = torch._foreach_lerp(grads, momenta, group["momentum"]) if group["nesterov"] else momenta
+
+        if isinstance(params[0], DTensor):
+            key = hash(tuple(id(p) for p in params))  # the set with gradients differs between stages
+            if key not in self._transports:
+                self._transports[key] = Transport(params)
+            updates = self._transports[key].orthogonalize(updates, group["ns_steps"], group["ns_dtype"])
+        else:
+            updates = orthogonalize(updates, group["ns_steps"], group["ns_dtype"])
+
+        scales = [group["lr"] * RMS_SCALE * max(p.shape) ** 0.5 for p in params]
+        updates = torch._foreach_mul([u.to(w.dtype) for u, w in zip(updates, weights)], scales)
+        torch._foreach_mul_(updates, ok)
+        torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"] * ok)
+        torch._foreach_sub_(weights, updates)
+
+    def _adam(self, group: dict, params: list[Tensor], ok: Tensor) -> None:
+        beta1, beta2 = group["betas"]
+        weights, grads = local(params), local([p.grad for p in params])
+        steps = [self.state[p]["step"] for p in params]
+        exp_avg = local([self.state[p]["exp_avg"] for p in params])
+        exp_avg_sq = local([self.state[p]["exp_avg_sq"] for p in params])
+        torch._foreach_add_(steps, ok)
+        torch._foreach_mul_(exp_avg, torch.where(ok > 0, beta1, 1.0))
+        torch._foreach_add_(exp_avg, grads, alpha=1 - beta1)
+        torch._foreach_mul_(exp_avg_sq, torch.where(ok > 0, beta2, 1.0))
+        torch._foreach_addcmul_(exp_avg_sq, grads, grads, value=1 - beta2)
+
+        count = torch.stack(steps).clamp(min=1)  # [K]; 0 only if the very first step was skipped
+        step_size = (group["lr"] * ok / (1 - beta1**count)).unbind()  # bias corrections of Kingma & Ba, section 3
+        correction = (1 - beta2**count).sqrt().unbind()
+        denominator = torch._foreach_sqrt(exp_avg_sq)
+        torch._foreach_div_(denominator, correction)
+        torch._foreach_add_(denominator, group["eps"])
+        torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"] * ok)
+        torch._foreach_div_(denominator, step_size)  # m / (d / s) = s m / d, one list fewer than scaling m
+        torch._foreach_addcdiv_(weights, exp_avg, denominator, value=-1.0)

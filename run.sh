@@ -1,0 +1,93 @@
+#!/usr/bin/env bash
+# The only launcher. Sets up what is missing, then trains, tests or passes flags on.
+#
+#   ./run.sh                    no GPU: demo; 1 to 7 GPUs: solo; 8 and more: the record run on all of them
+#   ./run.sh demo|solo [flags]  that preset, then its score; flags are those of train_prx.py
+#   ./run.sh test [flags]       the tests; flags are those of pytest
+#   ./run.sh --preset=record --name=try1 ...          train_prx.py on all GPUs of this node
+#   NNODES=4 NODE_RANK=k MASTER_ADDR=host ./run.sh    the same on each of 4 nodes;   srun ./run.sh under SLURM
+set -euo pipefail
+cd "$(dirname "$0")"
+
+usage() { sed -n '2,8s/^# \{0,1\}//p' run.sh; }
+fail() { echo "error: $*" >&2; exit 2; }
+
+# Whether a Python has every requirement of the given files.
+has() {
+    "$@" 2>/dev/null <<'PY'
+import importlib.metadata, sys
+try:
+    from packaging.requirements import Requirement
+except ImportError:
+    from pip._vendor.packaging.requirements import Requirement
+for file in sys.argv[1:]:
+    for line in open(file):
+        if line.strip() and not line.startswith("#"):
+            need = Requirement(line)
+            if not need.specifier.contains(importlib.metadata.version(need.name), prereleases=True):
+                sys.exit(1)
+PY
+}
+
+# Set PYTHON: the active one if it has what is needed, else that of .venv, made or completed here.
+set_up() {
+    local files=("$@") requirements=()
+    for PYTHON in "$(command -v python3 || true)" .venv/bin/python; do
+        if [ -x "$PYTHON" ] && has "$PYTHON" - "${files[@]}"; then return; fi
+    done
+    command -v python3 >/dev/null || fail "python3 is not installed"
+    python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' || fail "Python 3.10 or newer is needed, not $(python3 -V)"
+    exec 9>.venv.lock
+    flock 9  # several nodes or shells may start at once: one installs, the others wait
+    if ! has "$PYTHON" - "${files[@]}"; then
+        echo "setting up .venv from ${files[*]} (PyTorch is a download of several GB)"
+        [ -x "$PYTHON" ] || python3 -m venv .venv || fail "python3 -m venv does not work; on Debian: apt install python3-venv"
+        for file in "${files[@]}"; do requirements+=(-r "$file"); done
+        "$PYTHON" -m pip install --quiet "${requirements[@]}" || fail "pip could not install ${files[*]}; its message is above"
+    fi
+    exec 9>&-
+}
+
+# Train with the given flags on all GPUs of this node, or of all nodes.
+train() {
+    local gpus nodes=${NNODES:-${SLURM_NNODES:-1}}
+    gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
+    if [ "$nodes" -gt 1 ]; then
+        local head=${MASTER_ADDR:-$(scontrol show hostnames "${SLURM_JOB_NODELIST:-}" 2>/dev/null | head -n 1)}
+        [ -n "$head" ] || fail "NNODES=$nodes needs MASTER_ADDR=host, the name of the first node"
+        "$PYTHON" -m torch.distributed.run --nnodes="$nodes" --node-rank="${NODE_RANK:-${SLURM_NODEID:-0}}" \
+            --master-addr="$head" --master-port="${MASTER_PORT:-29500}" --nproc-per-node="$((gpus > 0 ? gpus : 1))" train_prx.py "$@"
+    elif [ "$gpus" -gt 1 ]; then
+        "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node="$gpus" train_prx.py "$@"
+    else
+        "$PYTHON" train_prx.py "$@"
+    fi
+}
+
+# A preset on scenes: data if it is missing, training, score and grid.
+scenes() {
+    local preset=$1 size=$2 name=$1; shift 2
+    for flag in "$@"; do case $flag in --name=*) name=${flag#--name=} ;; esac; done
+    [ -e "data/$preset" ] || "$PYTHON" scenes.py make --out="data/$preset" --rows=20000 --size="$size"
+    train --preset="$preset" "$@"
+    "$PYTHON" sample.py score --checkpoint="runs/$name"
+}
+
+command=${1:-auto}
+case $command in
+    -h | --help) usage ;;
+    test)
+        set_up requirements.txt tests/requirements.txt
+        "$PYTHON" -m pytest -q "${@:2}" tests ;;
+    auto)
+        set_up requirements.txt
+        gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
+        if [ "${NNODES:-${SLURM_NNODES:-1}}" -gt 1 ] || [ "$gpus" -ge 8 ]; then train --preset=record
+        elif [ "$gpus" -ge 1 ]; then scenes solo 256
+        else scenes demo 32
+        fi ;;
+    demo) set_up requirements.txt; scenes demo 32 "${@:2}" ;;
+    solo) set_up requirements.txt; scenes solo 256 "${@:2}" ;;
+    --*) set_up requirements.txt; train "$@" ;;
+    *) fail "unknown command $command; known are demo, solo, test and any flag of train_prx.py (./run.sh --help)" ;;
+esac

@@ -1,0 +1,1493 @@
+"""nanoPRX: train a text-to-image model on raw pixels, in one file.
+
+This is PRX's 24-hour speedrun (Photoroom 2026, https://github.com/Photoroom/PRX): a 1.2B transformer that turns noise
+into 1024px images without a VAE. The network predicts the clean image (x-prediction), the loss is taken on velocity,
+half of the image tokens are routed around most blocks (TREAD), features are aligned with a frozen DINOv3 (REPA), LPIPS
+and DINOv2 judge the predicted image (P-DINO), and Muon steps the matrices inside blocks.
+
+    python train_prx.py --preset=demo                                              2 CPU cores, minutes
+    python train_prx.py --preset=solo                                              one GPU
+    torchrun --nproc_per_node=8 train_prx.py --preset=record                       the recipe (run.sh: many nodes)
+    python train_prx.py --preset=demo --name=try1 --width=192 --max_steps=200      any field of `Config` is a flag
+
+Everything that a run does is in this file, top to bottom, and its text is the first thing in the run's log.
+
+Notation
+    x0     clean image [B, 3, H, W] in [-1, 1]          eps    noise, same shape
+    t      [B] in [0, 1]: 0 is data, 1 is noise         x_t    (1 - t) x0 + t eps
+    x0_hat the network's output                         v      (x_t - x0) / t
+    B batch   N image tokens   L text tokens   C width   h heads   d head dim
+    ids_keep    [B, N_keep] tokens that stay in the routed blocks, ascending
+    drop        fraction of image tokens routed around; route = blocks[start:end)
+    repa_depth  features after this many blocks, before the routed tokens return
+    chunk       `micro_batch` rows; a step is `global_batch / micro_batch` chunks, whatever the number of GPUs
+
+Sources
+    x-prediction in pixels (JiT)   Li & He, arXiv 2511.13720       TREAD routing    Krause et al., arXiv 2501.04765
+    flow matching                  Lipman et al., arXiv 2210.02747 sparse guidance  arXiv 2601.01608
+    shifted timesteps              Esser et al., arXiv 2403.03206  REPA             Yu et al., arXiv 2410.06940
+    Muon                           Jordan 2024, arXiv 2502.16982   LPIPS            Zhang et al., arXiv 1801.03924
+    "code" in a comment: the value is PRX's, from its public code, where its write-ups are silent.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import datetime
+import difflib
+import fcntl
+import functools
+import gc
+import hashlib
+import html
+import inspect
+import io
+import json
+import logging
+import math
+import os
+import platform
+import re
+import shutil
+import signal
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from muon import Muon, local
+
+SOURCES = {name: Path(__file__).with_name(name).read_text() for name in ("train_prx.py", "muon.py")}  # before any edit
+SOURCE_HASH = hashlib.sha256("".join(SOURCES.values()).encode()).hexdigest()
+
+T_MIN = 0.05  # smallest t in a division: velocity's error would otherwise grow without bound near t = 0 (code)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # what both DINOs were trained with
+SKIPS_IN_A_ROW = 10  # non-finite steps after which a run stops
+HELD_OUT = 0.01  # share of rows that are never trained on
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Configuration: one flat dataclass. A field is a flag, the comment behind it is the flag's help.
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stretch of training at one image size."""
+
+    image_size: int  # pixels, square
+    steps: int  # optimizer steps
+    global_batch: int  # images an optimizer step, over all GPUs
+    repa: bool  # align features with the teacher in this stage
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that decides a run; the defaults are the record recipe. `check_config` says what is valid."""
+
+    # The run
+    name: str = "record"  # the run's folder is runs/<name>
+    data: str = "data/flux_generated,data/flux_reason,data/midjourney"  # comma list of path[:weight]; default weight: its rows
+    frozen: str = "pretrained"  # networks behind REPA, P-DINO and LPIPS: pretrained, scene, random (timing only) or none
+    seed: int = 0  # decides the initial weights, the order of rows and every random number
+    stages: tuple[Stage, ...] = (Stage(512, 100_000, 1024, True), Stage(1024, 20_000, 512, False))  # comma list of image_size:steps:global_batch:repa(0 or 1)
+    micro_batch: int = 16  # rows of a chunk: what one GPU holds at a time; part of the run's identity
+    max_steps: int = 0  # stop after this many steps without bending the schedule; 0: run all stages
+    device: str = "auto"  # cpu, cuda, or auto: cuda where there is one
+    precision: str = "bf16"  # compute in bf16 or fp32; weights, gradient sums and optimizer state are fp32 either way
+    compile: bool = True  # torch.compile each block: 0 or 1
+    workers: int = 8  # processes that read and decode images, a GPU; 0: in the training process
+    # Model (code, but for patch and bottleneck)
+    patch: int = 32  # pixels a side of one image token
+    bottleneck: int = 256  # pixels of a patch -> bottleneck -> width, no activation between (JiT)
+    width: int = 1792  # C
+    depth: int = 16  # blocks
+    heads: int = 28  # attention heads; width / heads a multiple of 4, for 2-D rotary pairs
+    mlp_ratio: float = 3.5  # hidden width of the gated MLP / width
+    rope_theta: float = 1e4  # base of the rotary frequencies
+    # Text
+    text_encoder: str = "google/t5gemma-2b-2b-ul2"  # hub id or folder of a T5Gemma, or builtin: no weights, small vocabularies
+    text_dim: int = 2304  # width of the text encoder's last hidden state
+    text_tokens: int = 256  # L: captions are cut here and padding is masked
+    caption_dropout: float = 0.1  # share of captions replaced by the empty prompt, for classifier-free guidance
+    # Flow matching
+    shift: float = 3.0  # t -> s t / (1 + (s - 1) t), in training and sampling: larger images need more noise (Esser et al.)
+    uniform_t: float = 0.1  # share of timesteps drawn uniformly, the rest logit-normal(0, 1) (code)
+    noise_scale: float = 1.0  # factor on eps; PRX's later 7B pixel model uses 2
+    t_power: float = 2.0  # loss weight 1 / max(t, 0.05)^t_power on the squared error of x0_hat; 2 is the velocity loss
+    # Routing
+    drop: float = 0.5  # share of image tokens that skip the routed blocks in training; 0: no routing
+    route_start: int = 2  # first routed block
+    route_end: int = -1  # routed are blocks[route_start:route_end], Python indices: the last block sees all tokens
+    # Auxiliary losses, on top of flow matching with weight 1
+    repa_depth: int = 8  # blocks before the features that REPA aligns
+    repa_weight: float = 0.5  # REPA: FID 18.2 -> 14.6 in PRX part 2
+    repa_teacher: str = "facebook/dinov3-vitl16-pretrain-lvd1689m"  # hub id or folder of a DINOv3 or DINOv2 ViT
+    repa_dim: int = 1024  # width of the teacher's features
+    lpips_weight: float = 0.1  # LPIPS (VGG) on both images at half size, at all noise levels
+    pdino_weight: float = 0.01  # P-DINO: 1 - cosine of DINOv2 patch tokens at 224px, at all noise levels
+    pdino_model: str = "facebook/dinov2-with-registers-base"  # hub id or folder of the P-DINO network
+    # Optimisation
+    lr: float = 1e-4  # Muon, the matrices inside blocks
+    adam_lr: float = 1e-4  # Adam, everything else
+    lr_decay: str = "none"  # none: constant after warm-up; linear: to 0 at the end of the last stage
+    warmup: int = 1_000  # steps of linear warm-up
+    momentum: float = 0.95  # Muon, Nesterov
+    ns_steps: int = 5  # Newton-Schulz iterations
+    adam_betas: tuple[float, float] = (0.9, 0.95)  # decay of Adam's two moments
+    adam_eps: float = 1e-8  # added to Adam's denominator
+    grad_clip: float = 0.2  # largest global gradient norm (code); also keeps one bad batch from moving the weights far
+    ema: float = 0.999  # smoothing of the averaged weights, which are what is sampled and evaluated
+    ema_every: int = 10  # steps between two updates of the average
+    # Samples and bookkeeping
+    sample_steps: int = 28  # Euler steps of the sample grids
+    guidance: str = "self"  # self: dense against routed; cfg: prompt against empty prompt; none
+    scale: float = 3.0  # guidance scale; 1 is no guidance
+    log_every: int = 50  # steps of a log window
+    eval_every: int = 1_000  # steps between held-out losses; 0: only at the end
+    sample_every: int = 1_000  # steps between sample grids; 0: only at the end
+    save_every: int = 1_000  # steps between checkpoints; 0: only at the end
+    keep: int = 3  # checkpoints kept
+    price: float = 2.0  # dollars a GPU-hour, for the running cost in the log
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole schedule; `max_steps` may end a run earlier."""
+        return sum(stage.steps for stage in self.stages)
+
+    @property
+    def route(self) -> range:
+        """The indices of the routed blocks."""
+        return range(self.depth)[self.route_start : self.route_end]
+
+
+PRESETS = {
+    "record": Config(),
+    # One GPU, minutes. Not yet run on a GPU: the learning rates are the demo's, scaled by nothing.
+    "solo": Config(
+        name="solo", data="data/solo", frozen="none", stages=(Stage(256, 6_000, 256, True),), micro_batch=64,
+        patch=16, bottleneck=128, width=640, depth=10, heads=10, text_encoder="builtin", text_dim=256, text_tokens=64,
+        repa_depth=5, lr=4e-3, adam_lr=1e-3, lr_decay="linear", t_power=1.0, warmup=200, ema=0.9, grad_clip=1.0,
+        guidance="cfg", scale=2.0, sample_steps=20,
+    ),
+    # Two CPU cores, under five minutes. Where it leaves the recipe, and why, is in the README.
+    "demo": Config(
+        name="demo", data="data/demo", frozen="none", stages=(Stage(32, 1_500, 32, True),), micro_batch=32, workers=0,
+        patch=4, bottleneck=48, width=128, depth=6, heads=4, route_start=1, route_end=5, repa_depth=3,
+        text_encoder="builtin", text_dim=256, text_tokens=24,
+        lr=1e-2, adam_lr=4e-3, lr_decay="linear", t_power=1.0, warmup=50, ema=0.9, grad_clip=1.0,
+        guidance="cfg", scale=2.0, sample_steps=20, eval_every=500, sample_every=500, save_every=500,
+    ),
+}
+
+CHOICES = {
+    "frozen": ("pretrained", "scene", "random", "none"), "device": ("auto", "cpu", "cuda"), "precision": ("bf16", "fp32"),
+    "guidance": ("self", "cfg", "none"), "lr_decay": ("none", "linear"),
+}
+NOT_IDENTITY = {"max_steps", "device", "workers", "log_every", "eval_every", "sample_every", "save_every", "keep", "price"}
+
+
+class UserError(Exception):
+    """A user's mistake: `run_main` prints it as one line and exits with status 2."""
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Help with defaults, where there are any."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """An argparse parser whose errors are one line, end with status 2 and name the nearest valid flag."""
+
+    def __init__(self, **kwargs):
+        super().__init__(allow_abbrev=False, formatter_class=HelpFormatter, **kwargs)
+
+    def error(self, message: str):
+        raise UserError(f"{message} (--help lists what is valid)")
+
+    def parse_args(self, args=None, namespace=None):
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            flag = unknown[0].split("=")[0]
+            near = difflib.get_close_matches(flag, self._option_string_actions, n=1, cutoff=0.0)
+            raise UserError(f"unknown argument {flag}; did you mean {near[0]}? (--help lists all)")
+        return parsed
+
+
+def run_main(main: Callable[[list[str]], None]) -> None:
+    """Run `main(argv)`; a UserError becomes one line on rank 0 and exit status 2, not a traceback."""
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def parse_stages(text: str) -> tuple[Stage, ...]:
+    """"512:100000:1024:1,1024:20000:512:0" -> two stages; raises ValueError."""
+    stages = []
+    for part in text.split(","):
+        image_size, steps, global_batch, repa = (int(x) for x in part.split(":"))
+        stages.append(Stage(image_size, steps, global_batch, {0: False, 1: True}[repa]))
+    return tuple(stages)
+
+
+def parse_value(name: str, kind: type, text: str):
+    """One flag's text as its field's type; raises argparse's error naming the flag."""
+    try:
+        if name == "stages":
+            return parse_stages(text)
+        if name == "adam_betas":
+            beta1, beta2 = (float(x) for x in text.split(","))
+            return beta1, beta2
+        if kind is bool:
+            return {"0": False, "false": False, "1": True, "true": True}[text.lower()]
+        return kind(text)
+    except (ValueError, KeyError):
+        form = {"stages": "image_size:steps:global_batch:repa, comma separated, repa 0 or 1", "adam_betas": "two numbers"}
+        wanted = form.get(name) or {bool: "0 or 1", int: "a whole number", float: "a number"}[kind]
+        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}") from None
+
+
+def parse_config(argv: list[str]) -> tuple[Config, str]:
+    """The command line as a checked Config and the value of --resume; raises UserError."""
+    parser = Parser(prog="train_prx.py", description="Train PRX. Defaults shown are the record preset's.")
+    parser.add_argument("--preset", choices=PRESETS, default="record", help="the values that the other flags change")
+    parser.add_argument("--resume", default="auto", help="auto: continue this run if it is unfinished and unchanged; "
+                        "never: start over, the old folder is renamed; or the path of a run or checkpoint")
+    comments = dict(re.findall(r"^    (\w+): [^#\n]+  # (.+)$", inspect.getsource(Config), re.MULTILINE))
+    for f in dataclasses.fields(Config):
+        shown = ",".join(":".join(str(int(x)) for x in dataclasses.astuple(s)) for s in f.default) if f.name == "stages" else f.default
+        parser.add_argument(f"--{f.name}", type=functools.partial(parse_value, f.name, f.type), choices=CHOICES.get(f.name),
+                            default=argparse.SUPPRESS, metavar=f.name.upper() if f.name not in CHOICES else None,
+                            help=f"{comments[f.name].replace('%', '%%')} (default: {shown})")
+    flags = vars(parser.parse_args(argv))
+    preset, resume = PRESETS[flags.pop("preset")], flags.pop("resume")
+    cfg = replace(preset, **flags)
+    check_config(cfg)
+    return cfg, resume
+
+
+def check_config(cfg: Config) -> None:
+    """Raise UserError, one line, for the first value that cannot work."""
+    def need(condition: bool, message: str) -> None:
+        if not condition:
+            raise UserError(message)
+
+    need(re.fullmatch(r"[\w.-]+", cfg.name) is not None, f"--name={cfg.name}: use letters, digits, '.', '_' and '-'")
+    for name in ("micro_batch", "patch", "bottleneck", "width", "depth", "heads", "text_dim", "text_tokens", "ema_every",
+                 "log_every", "keep", "sample_steps", "ns_steps"):
+        need(getattr(cfg, name) > 0, f"--{name}={getattr(cfg, name)} must be at least 1")
+    need(cfg.width % cfg.heads == 0, f"--width={cfg.width} is not divisible by --heads={cfg.heads}")
+    need(cfg.width // cfg.heads % 4 == 0, f"--width / --heads = {cfg.width // cfg.heads} must be a multiple of 4 for 2-D rotary pairs")
+    need(0 <= cfg.drop < 1, f"--drop={cfg.drop} must be in [0, 1)")
+    need(0 <= cfg.caption_dropout <= 1, f"--caption_dropout={cfg.caption_dropout} must be in [0, 1]")
+    need(cfg.drop == 0 or len(cfg.route) > 0, f"--route_start={cfg.route_start} and --route_end={cfg.route_end} route no block of {cfg.depth}; --drop=0 turns routing off")
+    need(1 <= cfg.repa_depth <= cfg.depth, f"--repa_depth={cfg.repa_depth} must be between 1 and --depth={cfg.depth}")
+    for stage in cfg.stages:
+        need(min(stage.image_size, stage.steps, stage.global_batch) > 0, f"--stages: {stage} has a value below 1")
+        need(stage.image_size % cfg.patch == 0, f"image size {stage.image_size} is not divisible by --patch={cfg.patch}")
+        need(stage.global_batch % cfg.micro_batch == 0, f"global batch {stage.global_batch} is not divisible by --micro_batch={cfg.micro_batch}")
+    need(cfg.frozen != "scene", "--frozen=scene: the scene teacher is not built yet; use --frozen=none, random or pretrained")
+    need(cfg.device != "cuda" or torch.cuda.is_available(), "--device=cuda: no GPU is visible; use --device=cpu or auto")
+
+
+def config_to_json(cfg: Config) -> dict:
+    """A Config as plain JSON values."""
+    return json.loads(json.dumps(dataclasses.asdict(cfg)))
+
+
+def config_from_json(values: dict) -> Config:
+    """The inverse of `config_to_json`; raises UserError where a field is unknown."""
+    unknown = set(values) - {f.name for f in dataclasses.fields(Config)}
+    if unknown:
+        raise UserError(f"config has fields that this version does not know: {', '.join(sorted(unknown))}")
+    values = dict(values, stages=tuple(Stage(**s) for s in values["stages"]), adam_betas=tuple(values["adam_betas"]))
+    return Config(**values)
+
+
+def tag_seed(*parts) -> int:
+    """A 63-bit seed that is a pure function of `parts`: every random number of a run starts from one of these."""
+    return int.from_bytes(hashlib.sha256(":".join(map(str, parts)).encode()).digest()[:8], "big") >> 1
+
+
+def tag_generator(device, *parts) -> torch.Generator:
+    """A generator on `device`, seeded by `tag_seed(*parts)`."""
+    return torch.Generator(device=device).manual_seed(tag_seed(*parts))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Flow matching
+
+
+def shift_t(t: Tensor, shift: float) -> Tensor:
+    """Move timesteps in [0, 1] towards noise, ends fixed: s t / (1 + (s - 1) t) (Esser et al., section 5.3.2)."""
+    return shift * t / (1 + (shift - 1) * t)
+
+
+def sample_timesteps(cfg: Config, B: int, device, generator: torch.Generator | None = None) -> Tensor:
+    """Training timesteps [B] in [1e-3, 1): logit-normal(0, 1) then shifted, a share `uniform_t` uniform instead."""
+    logit_normal = shift_t(torch.randn(B, device=device, generator=generator).sigmoid(), cfg.shift)
+    uniform = torch.rand(B, device=device, generator=generator)
+    is_uniform = torch.rand(B, device=device, generator=generator) < cfg.uniform_t
+    return torch.where(is_uniform, uniform, logit_normal).clamp(1e-3, 1 - 1e-6)
+
+
+def add_noise(x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+    """x_t = (1 - t) x0 + t eps, for t [B] and images [B, 3, H, W]."""
+    t = t[:, None, None, None]  # [B] -> [B, 1, 1, 1]
+    return (1 - t) * x0 + t * eps
+
+
+def velocity(x_t: Tensor, x0: Tensor, t: Tensor) -> Tensor:
+    """v = (x_t - x0) / max(t, 0.05) [B, 3, H, W]: the direction from data to noise, eps - x0 where t >= 0.05."""
+    return (x_t - x0) / t.clamp(min=T_MIN)[:, None, None, None]
+
+
+def draw_ids_keep(B: int, N: int, drop: float, device, generator: torch.Generator | None = None) -> Tensor:
+    """The tokens that stay, [B, N - round(N drop)] ascending, drawn uniformly for each sample (TREAD)."""
+    order = torch.rand(B, N, device=device, generator=generator).argsort(dim=1)  # [B, N] random permutations
+    return order[:, : N - round(N * drop)].sort(dim=1).values
+
+
+@torch.no_grad()
+def generate(model, txt: Tensor, txt_mask: Tensor | None, *, null_txt: Tensor, null_mask: Tensor | None,
+             size: tuple[int, int], steps: int, guidance: str, scale: float, drop: float, seeds: list[int],
+             shift: float) -> Tensor:
+    """Sample images x0 [B, 3, H, W] in [-1, 1] by Euler steps from noise on the shifted grid.
+
+    txt [B, L, D] and txt_mask [B, L] hold one prompt an image; null_txt [1 or B, L', D] is the empty prompt's. Guidance:
+    `self`, x0 = routed + scale (dense - routed), a share `drop` of tokens routed around, same prompt (arXiv 2601.01608);
+    `cfg`, x0 = empty + scale (prompt - empty) (Ho & Salimans, arXiv 2207.12598); `none`. One seed an image, drawn on the
+    CPU, so that a picture depends neither on the batch nor on the device. Raises ValueError on sizes that do not fit.
+    """
+    H, W = size
+    B, device, patch = len(txt), txt.device, model.cfg.patch
+    if H % patch or W % patch or len(seeds) != B:
+        raise ValueError(f"size {size} must be a multiple of the patch {patch}, and {len(seeds)} seeds must match {B} prompts")
+    N = (H // patch) * (W // patch)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    noise = torch.stack([torch.randn(3, H, W, generator=g) for g in generators])  # [B, 3, H, W]
+    x = model.cfg.noise_scale * noise.to(device)
+    null_txt = null_txt.expand(B, -1, -1)
+    null_mask = None if null_mask is None else null_mask.expand(B, -1)
+    grid = shift_t(torch.linspace(1, 0, steps + 1), shift).tolist()
+    for t_now, t_next in zip(grid, grid[1:]):
+        t = torch.full((B,), t_now, device=device)
+        x0_hat, _ = model(x, t, txt, txt_mask)
+        if guidance == "self":
+            ids_keep = torch.cat([draw_ids_keep(1, N, drop, "cpu", g) for g in generators]).to(device)
+            routed, _ = model(x, t, txt, txt_mask, ids_keep)
+            x0_hat = routed + scale * (x0_hat - routed)
+        elif guidance == "cfg":
+            empty, _ = model(x, t, null_txt, null_mask)
+            x0_hat = empty + scale * (x0_hat - empty)
+        x = x + (t_next - t_now) * velocity(x, x0_hat, t)
+    return x.clamp(-1, 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Model. Parameter names are those of the public PRX checkpoints, so that weights pass in both directions.
+
+
+@functools.lru_cache(maxsize=16)
+def rotary_table(rows: int, cols: int, head_dim: int, theta: float, device: torch.device) -> Tensor:
+    """cos and sin of the 2-D rotary angles, [1, N, d / 2, 2] fp32: the first d / 4 pairs turn with the row, the rest with the column."""
+    pairs = head_dim // 4  # pairs an axis
+    frequency = theta ** (-torch.arange(pairs, dtype=torch.float64) / pairs)  # [d / 4]
+    row, col = torch.meshgrid(torch.arange(rows), torch.arange(cols), indexing="ij")
+    position = torch.stack([row.flatten(), col.flatten()], dim=1)  # [N, 2]
+    angle = (position[:, :, None] * frequency).flatten(1)  # [N, 2, d / 4] -> [N, d / 2]
+    return torch.stack([angle.cos(), angle.sin()], dim=-1)[None].float().to(device)
+
+
+def apply_rotary(x: Tensor, rope: Tensor) -> Tensor:
+    """Rotate interleaved pairs of x [B, N, h, d] by rope [B or 1, N, d / 2, 2]; fp32 inside, the dtype of x outside."""
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # [B, N, h, d] -> 2 x [B, N, h, d / 2]
+    cos, sin = rope[:, :, None].unbind(-1)  # [B, N, d / 2, 2] -> 2 x [B, N, 1, d / 2]
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Masked attention, [B, N, h, d] x [B, M, h, d] -> [B, N, h, d]; mask [B, 1, 1, M] is True where a key counts."""
+    dtype = q.dtype
+    if q.device.type == "cpu":  # torch's CPU attention is slow in bf16: the demo's step took 2.5 times as long
+        q, k, v = q.float(), k.float(), v.float()
+    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)
+    return out.transpose(1, 2).to(dtype)  # [B, h, N, d] -> [B, N, h, d]
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """adaLN: LayerNorm without affine, then scale and shift [B, 1, C]."""
+    return (1 + scale) * F.layer_norm(x, x.shape[-1:], eps=1e-6) + shift
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last dimension, computed in fp32."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.float()
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + 1e-6)
+        return (y * self.scale.float()).to(x.dtype)
+
+
+class QKNorm(nn.Module):
+    """The norms of image queries and image keys; text keys have their own."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.query_norm = RMSNorm(dim)
+        self.key_norm = RMSNorm(dim)
+
+
+class Modulation(nn.Module):
+    """Conditioning vector c [B, C] -> (shift, scale, gate) x (attention, MLP), each [B, 1, C]."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.lin = nn.Linear(width, 6 * width)
+
+    def forward(self, c: Tensor) -> tuple[Tensor, ...]:
+        return self.lin(F.silu(c))[:, None].chunk(6, dim=-1)  # [B, 6 C] -> 6 x [B, 1, C]
+
+
+class Block(nn.Module):
+    """Image tokens attend to [text, image] and pass a gated MLP; text tokens are never updated."""
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        C, hidden = cfg.width, int(cfg.width * cfg.mlp_ratio)
+        self.heads, self.head_dim = cfg.heads, C // cfg.heads
+        self.img_qkv_proj = nn.Linear(C, 3 * C, bias=False)
+        self.txt_kv_proj = nn.Linear(C, 2 * C, bias=False)
+        self.qk_norm = QKNorm(self.head_dim)
+        self.k_norm = RMSNorm(self.head_dim)
+        self.attn_out = nn.Linear(C, C, bias=False)
+        self.gate_proj = nn.Linear(C, hidden, bias=False)
+        self.up_proj = nn.Linear(C, hidden, bias=False)
+        self.down_proj = nn.Linear(hidden, C, bias=False)
+        self.modulation = Modulation(C)
+
+    def forward(self, img: Tensor, txt: Tensor, c: Tensor, rope: Tensor, mask: Tensor | None) -> Tensor:
+        """img [B, N, C], txt [B, L, C], c [B, C], rope [B or 1, N, d / 2, 2], mask [B, 1, 1, L + N] -> [B, N, C]."""
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = self.modulation(c)
+        x = modulate(img, shift, scale)
+        q, k, v = self.img_qkv_proj(x).unflatten(-1, (3, self.heads, self.head_dim)).unbind(2)  # [B, N, 3C] -> 3 x [B, N, h, d]
+        txt_k, txt_v = self.txt_kv_proj(txt).unflatten(-1, (2, self.heads, self.head_dim)).unbind(2)  # 2 x [B, L, h, d]
+        q = apply_rotary(self.qk_norm.query_norm(q), rope)
+        k = apply_rotary(self.qk_norm.key_norm(k), rope)
+        k = torch.cat([self.k_norm(txt_k), k], dim=1)  # [B, L + N, h, d]
+        v = torch.cat([txt_v, v], dim=1)
+        x = attention(q, k, v, mask).flatten(2)  # [B, N, h, d] -> [B, N, C]
+        img = img + gate * self.attn_out(x)
+        x = modulate(img, mlp_shift, mlp_scale)
+        x = F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x)  # [B, N, hidden]
+        return img + mlp_gate * self.down_proj(x)
+
+
+class TimeEmbedding(nn.Module):
+    """t [B] -> c [B, C]: 256 sinusoids of 1000 t, cosines first, then Linear-SiLU-Linear."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.in_layer = nn.Linear(256, width)
+        self.out_layer = nn.Linear(width, width)
+
+    def forward(self, t: Tensor) -> Tensor:
+        frequency = torch.exp(-math.log(1e4) * torch.arange(128, device=t.device, dtype=torch.float32) / 128)
+        angle = 1000 * t.float()[:, None] * frequency  # [B, 128]
+        waves = torch.cat([angle.cos(), angle.sin()], dim=-1).to(self.in_layer.weight.dtype)  # [B, 256]
+        return self.out_layer(F.silu(self.in_layer(waves)))
+
+
+class FinalLayer(nn.Module):
+    """adaLN, then tokens [B, N, C] -> patches [B, N, 3 patch^2]."""
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(cfg.width, 2 * cfg.width))
+        self.linear = nn.Linear(cfg.width, 3 * cfg.patch**2)
+
+    def forward(self, img: Tensor, c: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(c)[:, None].chunk(2, dim=-1)  # [B, 2C] -> 2 x [B, 1, C]
+        return self.linear(modulate(img, shift, scale))
+
+
+class Projector(nn.Sequential):
+    """REPA's head, features [B, N, C] -> the teacher's width; trained with the model and left out of exports."""
+
+    def __init__(self, width: int, dim: int):
+        super().__init__(nn.Linear(width, dim), nn.SiLU(), nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+
+
+class PRX(nn.Module):
+    """The denoiser: a noised image and a prompt in, the clean image out."""
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        self.cfg = cfg
+        pixels = 3 * cfg.patch**2
+        self.img_in = nn.Sequential(nn.Linear(pixels, cfg.bottleneck), nn.Linear(cfg.bottleneck, cfg.width))
+        self.time_in = TimeEmbedding(cfg.width)
+        self.txt_in = nn.Linear(cfg.text_dim, cfg.width)
+        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.depth))
+        self.final_layer = FinalLayer(cfg)
+        self.repa_projector = Projector(cfg.width, cfg.repa_dim) if cfg.repa_weight > 0 else None
+        if not self.txt_in.weight.is_meta:
+            self.init_weights(cfg.seed)
+
+    def forward(self, x_t: Tensor, t: Tensor, txt: Tensor, txt_mask: Tensor | None = None,
+                ids_keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Predict the clean image.
+
+        x_t [B, 3, H, W] with H and W multiples of the patch, t [B] in [0, 1], txt [B, L, D], txt_mask [B, L] bool, True
+        where a token counts. With ids_keep [B, N_keep], only those image tokens pass the routed blocks and the others
+        come back unchanged (TREAD). Returns x0_hat [B, 3, H, W] fp32 and the features after `repa_depth` blocks,
+        [B, N_keep, C] inside the route, else [B, N, C].
+        """
+        cfg, dtype = self.cfg, self.txt_in.weight.dtype
+        B, _, H, W = x_t.shape
+        rows, cols, p = H // cfg.patch, W // cfg.patch, cfg.patch
+        x = x_t.to(dtype).reshape(B, 3, rows, p, cols, p).permute(0, 2, 4, 1, 3, 5)  # [B, rows, cols, 3, p, p]
+        img = self.img_in(x.reshape(B, rows * cols, 3 * p * p))  # [B, N, 3 p p] -> [B, N, C]
+        txt = self.txt_in(txt.to(dtype))  # [B, L, D] -> [B, L, C]
+        c = self.time_in(t)  # [B, C]
+        rope = rotary_table(rows, cols, cfg.width // cfg.heads, cfg.rope_theta, x_t.device)  # [1, N, d / 2, 2]
+
+        all_img, all_rope, feat = img, rope, img
+        for i, block in enumerate(self.blocks):
+            if ids_keep is not None and i == cfg.route.start:
+                all_img, img = img, gather_tokens(img, ids_keep)  # [B, N, C] -> [B, N_keep, C]
+                all_rope, rope = rope, gather_tokens(rope.flatten(2).expand(B, -1, -1), ids_keep).unflatten(-1, (-1, 2))
+            img = block(img, txt, c, rope, attention_mask(txt_mask, img))
+            if i + 1 == cfg.repa_depth:
+                feat = img
+            if ids_keep is not None and i + 1 == cfg.route.stop:
+                index = ids_keep[:, :, None].expand(-1, -1, img.shape[-1])  # [B, N_keep] -> [B, N_keep, C]
+                img, rope = all_img.scatter(1, index, img), all_rope  # [B, N, C]
+
+        x = self.final_layer(img, c).float()  # [B, N, 3 p p]
+        x0_hat = x.reshape(B, rows, cols, 3, p, p).permute(0, 3, 1, 4, 2, 5).reshape(B, 3, H, W)
+        return x0_hat, feat
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """Draw every tensor whole from (seed, name), then keep this rank's slice: any number of ranks starts equal.
+
+        Linear layers are uniform in +-1 / sqrt(fan_in) (torch's default, so PRX's); norms are 1; adaLN and the output
+        layer are 0, so that every block starts as the identity and x0_hat as 0.
+        """
+        for prefix, module in self.named_modules():
+            for name, p in module.named_parameters(recurse=False):
+                full_name = f"{prefix}.{name}"
+                if isinstance(module, RMSNorm):
+                    whole = torch.ones(p.shape)
+                elif prefix.endswith("modulation.lin") or prefix.startswith("final_layer."):
+                    whole = torch.zeros(p.shape)
+                else:
+                    bound = module.in_features**-0.5
+                    whole = torch.empty(p.shape).uniform_(-bound, bound, generator=tag_generator("cpu", seed, full_name))
+                if isinstance(p, DTensor):
+                    whole = distribute_tensor(whole.to(p.device), p.device_mesh, p.placements, src_data_rank=None).to_local()
+                local([p])[0].copy_(whole)
+
+
+def gather_tokens(x: Tensor, ids: Tensor) -> Tensor:
+    """x [B, N, C], ids [B, K] -> [B, K, C]."""
+    return x.gather(1, ids[:, :, None].expand(-1, -1, x.shape[-1]))
+
+
+def attention_mask(txt_mask: Tensor | None, img: Tensor) -> Tensor | None:
+    """Text mask [B, L] -> key mask [B, 1, 1, L + N]: image tokens always count."""
+    if txt_mask is None:
+        return None
+    return F.pad(txt_mask, (0, img.shape[1]), value=True)[:, None, None]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Frozen networks: the text encoder, and the three that judge (REPA's teacher, P-DINO, LPIPS)
+
+TextEncoder = Callable[[list[str]], tuple[Tensor, Tensor]]  # prompts -> txt [B, L, D], txt_mask [B, L] bool
+
+FALLBACKS = {  # gated model -> (the flag that replaces it, an open model)
+    "facebook/dinov3-vitl16-pretrain-lvd1689m": ("--repa_teacher", "facebook/dinov2-with-registers-large"),
+    "google/t5gemma-2b-2b-ul2": ("--text_encoder", "the folder `text_encoder` of Photoroom/prx-1024-t2i-beta, downloaded"),
+}
+
+
+def load_pretrained(loader, model_id: str, **kwargs):
+    """`loader.from_pretrained`, its failures as one UserError: the id, where access is asked for, the open fallback."""
+    try:
+        return loader.from_pretrained(model_id, **kwargs)
+    except (OSError, ValueError, KeyError) as error:
+        flag, fallback = FALLBACKS.get(model_id, (None, None))
+        advice = f"; open fallback: {flag}={fallback}" if flag else ""
+        where = "" if Path(model_id).exists() else f"; access and download: https://huggingface.co/{model_id}"
+        raise UserError(f"cannot load {model_id}: {str(error).strip().splitlines()[0]}{where}{advice}") from None
+
+
+class T5GemmaText:
+    """The frozen T5Gemma encoder: last hidden state of up to L tokens, padded to L and masked."""
+
+    def __init__(self, cfg: Config, device: torch.device):
+        from transformers import AutoTokenizer, T5GemmaEncoderModel
+
+        self.device, self.max_length = device, cfg.text_tokens
+        self.tokenizer = load_pretrained(AutoTokenizer, cfg.text_encoder)
+        self.model = load_pretrained(  # eager attention: SDPA leaves out T5Gemma's soft cap on the scores
+            T5GemmaEncoderModel, cfg.text_encoder, is_encoder_decoder=False, attn_implementation="eager",
+            dtype=torch.bfloat16 if cfg.precision == "bf16" else torch.float32).eval().requires_grad_(False).to(device)
+        hidden = next(self.model.parameters()).shape[-1] if not hasattr(self.model.config, "encoder") else self.model.config.encoder.hidden_size
+        if hidden != cfg.text_dim:
+            raise UserError(f"{cfg.text_encoder} gives {hidden}-dim latents, not {cfg.text_dim}: pass --text_dim={hidden}")
+
+    @torch.no_grad()
+    def __call__(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        prompts = [html.unescape(html.unescape(p)).strip() for p in prompts]  # PRX's light cleaning
+        tokens = self.tokenizer(prompts, padding="max_length", max_length=self.max_length, truncation=True,
+                                return_tensors="pt").to(self.device)
+        mask = tokens["attention_mask"].bool()
+        txt = self.model(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]).last_hidden_state
+        return txt * mask[:, :, None], mask
+
+
+class BuiltinText:
+    """A text encoder without weights, for small vocabularies: scenes and trials.
+
+    Text tokens never mix inside PRX, so each must carry its phrase: a token is its word's fixed random vector plus those
+    of (signed offset, word) for the words up to four away. Function words are dropped, so that the phrase is near.
+    """
+
+    FUNCTION_WORDS = {"a", "an", "and", "at", "in", "is", "of", "on", "the", "there", "with"}
+    REACH = 4
+
+    def __init__(self, cfg: Config, device: torch.device):
+        self.device, self.max_length, self.dim = device, cfg.text_tokens, cfg.text_dim
+        self.ids: dict[str, int] = {}
+        self.table = torch.zeros(1, 2 * self.REACH + 1, self.dim)  # [words + 1, offsets, D]
+
+    def word_id(self, word: str) -> int:
+        """The word's row in the table of vectors, which grows as words are met; row 0 is no word."""
+        if word not in self.ids:
+            self.ids[word] = len(self.ids) + 1
+            generator = tag_generator("cpu", "builtin text", word)
+            vectors = torch.randn(1, 2 * self.REACH + 1, self.dim, generator=generator)  # one an offset
+            self.table = torch.cat([self.table, vectors / (2 * self.REACH + 1) ** 0.5])
+        return self.ids[word]
+
+    def __call__(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        L, reach = self.max_length, self.REACH
+        ids = torch.zeros(len(prompts), reach + L + reach, dtype=torch.int64)  # zeros on both sides: no word there
+        for row, prompt in enumerate(prompts):
+            words = [w for w in re.findall(r"\w+", prompt.lower()) if w not in self.FUNCTION_WORDS][:L]
+            ids[row, reach : reach + len(words)] = torch.tensor([self.word_id(w) for w in words], dtype=torch.int64)
+        mask = ids[:, reach : reach + L] > 0
+        txt = sum(self.table[ids[:, k : k + L], k] for k in range(2 * reach + 1))  # [B, L, D]
+        return (txt * mask[:, :, None]).to(self.device), mask.to(self.device)
+
+
+def load_text_encoder(cfg: Config, device: torch.device) -> TextEncoder:
+    """The encoder that `cfg.text_encoder` names; raises UserError where it cannot be had."""
+    return BuiltinText(cfg, device) if cfg.text_encoder == "builtin" else T5GemmaText(cfg, device)
+
+
+class Dino:
+    """Patch tokens of a frozen DINOv2 (with registers) or DINOv3: images [B, 3, H, W] in [-1, 1] -> [B, P, D]."""
+
+    # The true shapes, for --frozen=random without a network; any other model must be a folder with its config.
+    SHAPES = {
+        "facebook/dinov3-vitl16-pretrain-lvd1689m": ("dinov3_vit", dict(
+            hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, num_register_tokens=4)),
+        "facebook/dinov2-with-registers-large": ("dinov2_with_registers", dict(
+            hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, image_size=518, patch_size=14)),
+        "facebook/dinov2-with-registers-base": ("dinov2_with_registers", dict(
+            hidden_size=768, num_hidden_layers=12, num_attention_heads=12, image_size=518, patch_size=14)),
+    }
+
+    def __init__(self, model_id: str, weights: str, dtype: torch.dtype, device: torch.device, seed: int = 0):
+        from transformers import AutoConfig, AutoModel
+
+        if weights == "pretrained":
+            model = load_pretrained(AutoModel, model_id, dtype=dtype)
+        else:
+            if Path(model_id).is_dir():
+                config = load_pretrained(AutoConfig, model_id)
+            elif model_id in self.SHAPES:
+                config = AutoConfig.for_model(self.SHAPES[model_id][0], **self.SHAPES[model_id][1])
+            else:
+                raise UserError(f"--frozen=random knows the shapes of {', '.join(self.SHAPES)} and of local folders, not of {model_id}")
+            with torch.random.fork_rng(devices=[]):  # the same random network on every rank
+                torch.manual_seed(tag_seed(seed, "random", model_id))
+                model = AutoModel.from_config(config, dtype=dtype)
+        self.model = model.eval().requires_grad_(False).to(device)
+        self.dtype = dtype
+        self.patch, self.dim = model.config.patch_size, model.config.hidden_size
+        self.prefix = 1 + getattr(model.config, "num_register_tokens", 0)  # [CLS, registers, patches]
+        self.mean = torch.tensor(IMAGENET_MEAN, device=device)[:, None, None]
+        self.std = torch.tensor(IMAGENET_STD, device=device)[:, None, None]
+
+    def __call__(self, images: Tensor, size: tuple[int, int]) -> Tensor:
+        """Features of `images` resized to `size` pixels; [B, (H / patch) (W / patch), D] fp32."""
+        x = F.interpolate(images.float(), size=size, mode="bilinear", align_corners=False)
+        x = (((x + 1) / 2).clamp(0, 1) - self.mean) / self.std
+        return self.model(x.to(self.dtype)).last_hidden_state[:, self.prefix :].float()
+
+
+@dataclass
+class Frozen:
+    """The networks behind the auxiliary losses; None turns a term off."""
+
+    teacher: Callable[[Tensor], Tensor] | None = None  # x0 [B, 3, H, W] -> features [B, N, D], one an image token
+    pdino: Callable[[Tensor], Tensor] | None = None  # image [B, 3, H, W] -> features [B, P, D]
+    lpips: Callable[[Tensor, Tensor], Tensor] | None = None  # two images [B, 3, H, W] -> distance, B values
+
+
+def load_frozen(cfg: Config, device: torch.device) -> Frozen:
+    """Load what the weights and stages of `cfg` ask for; raises UserError where a network cannot be had."""
+    frozen = Frozen()
+    if cfg.frozen == "none":
+        return frozen
+    dtype = torch.bfloat16 if cfg.precision == "bf16" else torch.float32
+    if cfg.repa_weight > 0 and any(stage.repa for stage in cfg.stages):
+        dino = Dino(cfg.repa_teacher, cfg.frozen, dtype, device, cfg.seed)
+        if dino.dim != cfg.repa_dim:
+            raise UserError(f"{cfg.repa_teacher} gives {dino.dim}-dim features, not {cfg.repa_dim}: pass --repa_dim={dino.dim}")
+        frozen.teacher = lambda x0: dino(x0, size=(x0.shape[2] // cfg.patch * dino.patch, x0.shape[3] // cfg.patch * dino.patch))
+    if cfg.pdino_weight > 0:
+        pdino = Dino(cfg.pdino_model, cfg.frozen, dtype, device, cfg.seed)
+        frozen.pdino = lambda image: pdino(image, size=(224, 224))
+    if cfg.lpips_weight > 0:
+        frozen.lpips = load_lpips(cfg, device, dtype)
+    return frozen
+
+
+def load_lpips(cfg: Config, device: torch.device, dtype: torch.dtype) -> Callable[[Tensor, Tensor], Tensor]:
+    """LPIPS with VGG16 (its weights, 528 MB, are downloaded by torchvision on first use)."""
+    import lpips
+
+    try:
+        with torch.random.fork_rng(devices=[]), contextlib.redirect_stdout(io.StringIO()):
+            torch.manual_seed(tag_seed(cfg.seed, "random", "vgg16"))
+            network = lpips.LPIPS(net="vgg", pnet_rand=cfg.frozen == "random", verbose=False)
+    except OSError as error:
+        raise UserError(f"cannot load VGG16 for LPIPS: {error}; put vgg16-397923af.pth into {torch.hub.get_dir()}/checkpoints "
+                        "(https://download.pytorch.org/models/vgg16-397923af.pth), or turn it off with --lpips_weight=0") from None
+    network = network.eval().requires_grad_(False).to(device, dtype)  # eval: its heads hold dropout
+    return lambda a, b: network(a.to(dtype), b.to(dtype)).float()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loss of one chunk
+
+
+def training_loss(model, frozen: Frozen, batch: dict[str, Tensor], cfg: Config, stage: Stage,
+                  generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+    """The weighted loss of one chunk and its unweighted terms, both 0-dim, on the device.
+
+    batch: x0 [B, 3, H, W] in [-1, 1], txt [B, L, D], txt_mask [B, L] bool, captions already dropped. Timesteps, noise and
+    routed tokens are drawn from `generator`, which lives on the device of x0. A term is on where its weight is positive
+    and its network is there; REPA also needs a stage with `repa`.
+    """
+    x0 = batch["x0"]
+    B, _, H, W = x0.shape
+    N = (H // cfg.patch) * (W // cfg.patch)
+    t = sample_timesteps(cfg, B, x0.device, generator)
+    eps = cfg.noise_scale * torch.randn(x0.shape, device=x0.device, generator=generator)
+    ids_keep = draw_ids_keep(B, N, cfg.drop, x0.device, generator) if cfg.drop > 0 else None
+
+    x0_hat, feat = model(add_noise(x0, eps, t), t, batch["txt"], batch["txt_mask"], ids_keep)
+
+    # |v_hat - v|^2 = |x0_hat - x0|^2 / max(t, 0.05)^2, and other powers of t reweight noise levels
+    error = (x0_hat - x0).square().mean(dim=(1, 2, 3))  # [B]
+    terms = {"flow": (error / t.clamp(min=T_MIN) ** cfg.t_power).mean()}
+    loss = terms["flow"]
+
+    if frozen.lpips is not None and cfg.lpips_weight > 0:
+        half = [F.interpolate(image, scale_factor=0.5, mode="bilinear", align_corners=False) for image in (x0_hat, x0)]
+        terms["lpips"] = frozen.lpips(*half).mean()
+        loss = loss + cfg.lpips_weight * terms["lpips"]
+
+    if frozen.pdino is not None and cfg.pdino_weight > 0:
+        with torch.no_grad():
+            target = frozen.pdino(x0)  # [B, P, D]
+        terms["pdino"] = 1 - F.cosine_similarity(frozen.pdino(x0_hat), target, dim=-1).mean()
+        loss = loss + cfg.pdino_weight * terms["pdino"]
+
+    if frozen.teacher is not None and stage.repa and cfg.repa_weight > 0:
+        with torch.no_grad():
+            target = frozen.teacher(x0)  # [B, N, D]
+        if feat.shape[1] < N:
+            target = gather_tokens(target, ids_keep)  # [B, N, D] -> [B, N_keep, D]
+        terms["repa"] = -F.cosine_similarity(model.repa_projector(feat).float(), target, dim=-1).mean()
+        loss = loss + cfg.repa_weight * terms["repa"]
+
+    return loss, {name: term.detach() for name, term in terms.items()}
+
+
+def term_names(cfg: Config, frozen: Frozen, stage: Stage) -> list[str]:
+    """The terms that `training_loss` returns, in its order."""
+    on = {"lpips": frozen.lpips is not None and cfg.lpips_weight > 0,
+          "pdino": frozen.pdino is not None and cfg.pdino_weight > 0,
+          "repa": frozen.teacher is not None and stage.repa and cfg.repa_weight > 0}
+    return ["flow", *(name for name, is_on in on.items() if is_on)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data: checked shards on disk -> chunks -> batches on the device
+
+
+def is_held_out(key: str) -> bool:
+    """Whether a row is for validation: a hash of its key, so that it stays so when the data is rebuilt."""
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") < HELD_OUT * 2**64
+
+
+def read_manifest(folder: str) -> dict:
+    """The manifest of a data folder; raises UserError where there is none."""
+    try:
+        return json.loads((Path(folder) / "manifest.json").read_text())
+    except FileNotFoundError:
+        raise UserError(f"no data at {folder}: make it with `python scenes.py make --out={folder}` or "
+                        f"`python data_prep.py build --source=DIR --out={folder}`, or point --data elsewhere") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{folder}/manifest.json is damaged ({error}): build the data again") from None
+
+
+def decode_image(data: bytes, size: int) -> np.ndarray:
+    """JPEG or PNG bytes -> uint8 [size, size, 3], scaled down where the stored picture is larger."""
+    image = Image.open(io.BytesIO(data)).convert("RGB")
+    if image.size != (size, size):
+        image = image.resize((size, size), Image.Resampling.BICUBIC, reducing_gap=2.0)
+    return np.asarray(image)
+
+
+class RowSet:
+    """One data folder at one image size, memory-mapped: rows to train on, and rows held out."""
+
+    def __init__(self, folder: str, image_size: int):
+        import datasets
+
+        self.folder, self.image_size = folder, image_size
+        self.manifest = read_manifest(folder)
+        usable = [size for size in sorted(self.manifest["sizes"]) if size >= image_size]
+        if not usable:
+            raise UserError(f"{folder} has sizes {self.manifest['sizes']}, but a stage trains at {image_size}px: "
+                            f"build it again with --size={image_size}, or change --stages")
+        self.stored_size = usable[0]
+        try:
+            self.rows = datasets.load_from_disk(f"{folder}/{self.stored_size}")
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot open {folder}/{self.stored_size} ({error}): build the data again") from None
+        held_out = np.array([is_held_out(key) for key in self.rows["key"]], dtype=bool)
+        self.train, self.held_out = np.flatnonzero(~held_out), np.flatnonzero(held_out)
+        if len(self.train) == 0:
+            raise UserError(f"{folder} has no rows to train on")
+
+    def read(self, row: int) -> dict:
+        """One row: image uint8 [S, S, 3], caption, key."""
+        record = self.rows[int(row)]
+        return {"image": decode_image(record["image"], self.image_size), "caption": record["caption"], "key": record["key"]}
+
+
+class Chunks(torch.utils.data.Dataset):
+    """The training rows as an endless sequence of chunks; item i is a pure function of (seed, i), so resume is an index.
+
+    The stream of rows takes each set in proportion to its weight, and each set's rows in epochs, every epoch a
+    permutation of its own. Chunk c of step s holds rows (s * chunks_per_step + c) * micro_batch onwards.
+    """
+
+    SLOTS = 1_000  # the mix repeats after this many rows, so weights are met to one in a thousand
+
+    def __init__(self, cfg: Config, stage: Stage, first_row: int):
+        folders = [part.partition(":") for part in cfg.data.split(",")]
+        self.sets = [RowSet(folder, stage.image_size) for folder, _, _ in folders]
+        try:
+            weights = np.array([float(w) if w else len(s.train) for (_, _, w), s in zip(folders, self.sets)])
+        except ValueError:
+            raise UserError(f"--data={cfg.data}: a weight is not a number") from None
+        if (weights <= 0).any():
+            raise UserError(f"--data={cfg.data}: weights must be positive")
+        self.cfg, self.stage, self.first_row = cfg, stage, first_row
+        # Slot k of the mix goes to the set that is furthest behind its share.
+        share = weights / weights.sum()
+        given = np.zeros(len(weights), dtype=np.int64)
+        self.slot_set, self.slot_rank = np.zeros(self.SLOTS, np.int64), np.zeros(self.SLOTS, np.int64)
+        for k in range(self.SLOTS):
+            s = int(np.argmax(share * (k + 1) - given))
+            self.slot_set[k], self.slot_rank[k] = s, given[s]
+            given[s] += 1
+        self.slots_of = given
+        self.permutations: dict[int, tuple[int, np.ndarray]] = {}  # set -> (epoch, order), the one in use
+
+    def locate(self, position: int) -> tuple[RowSet, int]:
+        """Position in the run's stream of rows -> (set, row)."""
+        cycle, slot = divmod(position, self.SLOTS)
+        s = int(self.slot_set[slot])
+        epoch, i = divmod(cycle * int(self.slots_of[s]) + int(self.slot_rank[slot]), len(self.sets[s].train))
+        if self.permutations.get(s, (None,))[0] != epoch:
+            order = np.random.default_rng(tag_seed(self.cfg.seed, "order", s, epoch)).permutation(self.sets[s].train)
+            self.permutations[s] = epoch, order
+        return self.sets[s], int(self.permutations[s][1][i])
+
+    def __len__(self) -> int:
+        return self.stage.steps * self.stage.global_batch // self.cfg.micro_batch
+
+    def __getitem__(self, i: int) -> dict:
+        """Chunk i of the stage: images uint8 [B, 3, H, W], captions after dropout, keys."""
+        first = self.first_row + i * self.cfg.micro_batch
+        rows = [s.read(row) for s, row in map(self.locate, range(first, first + self.cfg.micro_batch))]
+        dropped = np.random.default_rng(tag_seed(self.cfg.seed, "captions", first)).random(len(rows)) < self.cfg.caption_dropout
+        images = torch.from_numpy(np.stack([row["image"] for row in rows])).permute(0, 3, 1, 2)  # [B, H, W, 3] -> [B, 3, H, W]
+        return {"images": images, "captions": ["" if drop else row["caption"] for row, drop in zip(rows, dropped)],
+                "keys": [row["key"] for row in rows]}
+
+
+def load_chunks(chunks: Chunks, order: list[int], device: torch.device) -> Iterator[dict]:
+    """Chunks in the given order, read ahead by worker processes."""
+    return iter(torch.utils.data.DataLoader(
+        chunks, batch_size=None, sampler=order, num_workers=chunks.cfg.workers, pin_memory=device.type == "cuda",
+        prefetch_factor=2 if chunks.cfg.workers else None))
+
+
+def make_batch(raw: dict, encode_text: TextEncoder, device: torch.device) -> dict[str, Tensor]:
+    """A chunk of rows -> x0 [B, 3, H, W] in [-1, 1], txt [B, L, D], txt_mask [B, L], on the device."""
+    txt, txt_mask = encode_text(raw["captions"])
+    x0 = raw["images"].to(device, non_blocking=True).float() / 127.5 - 1
+    return {"x0": x0, "txt": txt, "txt_mask": txt_mask}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sharding, averaged weights, checkpoints
+
+
+def build_model(cfg: Config, mesh: DeviceMesh, device: torch.device) -> PRX:
+    """PRX with initial weights, sharded over the mesh: parameters stay gathered between forward and backward."""
+    with torch.device("meta"):
+        model = PRX(cfg)
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if cfg.precision == "bf16" else None,
+                                  reduce_dtype=torch.float32, cast_forward_inputs=False)  # t stays fp32
+    units = [*model.blocks, *([model.repa_projector] if model.repa_projector is not None else []), model]
+    for unit in units:
+        if cfg.compile and isinstance(unit, Block):
+            unit.compile(dynamic=False)  # in place: no `_orig_mod` in any name
+        fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    model.to_empty(device=device)
+    model.init_weights(cfg.seed)
+    return model
+
+
+def reshard(model: nn.Module) -> None:
+    """Free the gathered weights, so that the next forward gathers the shards anew."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+class EMA:
+    """The exponential moving average of the weights, sharded as they are, in fp32."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, smoothing: float) -> None:
+        """average <- smoothing average + (1 - smoothing) weights."""
+        torch._foreach_lerp_(local(list(self.weights.values())), local(list(self.model.parameters())), 1 - smoothing)
+
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[None]:
+        """Within this context the model computes with the averaged weights."""
+        weights, average = local(list(self.model.parameters())), local(list(self.weights.values()))
+        with torch.no_grad():
+            backup = [w.clone() for w in weights]
+            torch._foreach_copy_(weights, average)
+            reshard(self.model)
+            try:
+                yield
+            finally:
+                torch._foreach_copy_(weights, backup)
+                reshard(self.model)
+
+
+def checkpoint_state(model: nn.Module, ema: EMA, optimizer: Muon, progress: dict[str, Tensor]) -> dict:
+    """Everything that a run continues from, by parameter name; loading fills these tensors in place."""
+    parameters = dict(model.named_parameters())
+    return {"model": {name: p.detach() for name, p in parameters.items()}, "ema": ema.weights,
+            "optimizer": {name: optimizer.state[p] for name, p in parameters.items()}, "progress": progress}
+
+
+def save_checkpoint(folder: Path, state: dict, cfg: Config, step: int) -> None:
+    """Write `folder`/step_XXXXXX beside its place and rename it, so that only complete checkpoints have the name."""
+    final, aside = folder / f"step_{step:06d}", folder / f".step_{step:06d}.partial"
+    if dist.get_rank() == 0:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        (aside / "run.json").write_text(json.dumps({"config": config_to_json(cfg), "source": SOURCE_HASH, "step": step}))
+    dist.barrier()
+    dcp.save(state, checkpoint_id=aside)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(aside, final)
+        for old in sorted(folder.glob("step_*"))[: -cfg.keep]:
+            shutil.rmtree(old)
+    dist.barrier()
+
+
+def load_checkpoint_state(path: Path, state: dict) -> None:
+    """Fill `state` from a checkpoint folder, whatever the number of ranks that wrote it; raises UserError on other shapes."""
+    found = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    for group in ("model", "ema", "optimizer"):
+        for name, value in state[group].items():
+            for key, tensor in value.items() if isinstance(value, dict) else [("", value)]:
+                full_name = ".".join(filter(None, (group, name, key)))
+                if full_name not in found:
+                    raise UserError(f"checkpoint {path} has no {full_name}: it is of another model")
+                if tuple(found[full_name].size) != tuple(tensor.shape):
+                    raise UserError(f"checkpoint {path}: {full_name} has shape {tuple(found[full_name].size)}, "
+                                    f"but this model's is {tuple(tensor.shape)}")
+    dcp.load(state, checkpoint_id=path)
+
+
+def write_ema(path: Path, ema: EMA, cfg: Config, step: int, data: dict) -> None:
+    """The averaged weights as one safetensors file with config, step and source hash; the projector stays behind."""
+    from safetensors.torch import save_file
+
+    tensors = {}
+    for name, average in ema.weights.items():
+        if not name.startswith("repa_projector."):
+            whole = average.full_tensor()  # every rank takes part
+            if dist.get_rank() == 0:
+                tensors[name] = whole.cpu()
+    if dist.get_rank() == 0:
+        metadata = {"format": "nanoprx", "config": json.dumps(config_to_json(cfg)), "step": str(step),
+                    "source": SOURCE_HASH, "data": json.dumps(data)}
+        save_file(tensors, path.with_suffix(".partial"), metadata=metadata)
+        os.replace(path.with_suffix(".partial"), path)
+    dist.barrier()
+
+
+def find_resume(cfg: Config, resume: str, run: Path) -> Path | None:
+    """The checkpoint folder to continue from, or None to start; raises UserError where either would lose something."""
+    def checkpoints(folder: Path) -> list[Path]:
+        return sorted(folder.glob("checkpoints/step_*"))
+
+    if resume not in ("auto", "never"):
+        path = Path(resume)
+        if (path / "run.json").exists():
+            return path
+        if checkpoints(path):
+            return checkpoints(path)[-1]
+        raise UserError(f"--resume={resume}: neither a checkpoint nor a run with one")
+    if resume == "never" or not checkpoints(run):
+        return None
+    last = checkpoints(run)[-1]
+    saved = json.loads((last / "run.json").read_text())
+    options = "choose another --name, start over with --resume=never, or continue on purpose with --resume=PATH"
+    if saved["source"] != SOURCE_HASH:
+        raise UserError(f"{run} was trained by another version of the source: {options}")
+    now = config_to_json(cfg)
+    changed = [k for k in now if k not in NOT_IDENTITY and saved["config"].get(k) != now[k]]
+    if changed:
+        raise UserError(f"{run} has another {', '.join(changed)}: {options}")
+    if saved["step"] >= last_step(cfg):
+        raise UserError(f"{run} is finished at step {saved['step']}: {options}")
+    return last
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Optimisation
+
+
+def build_optimizer(model: nn.Module, cfg: Config) -> Muon:
+    """Muon for the matrices inside blocks, Adam for everything else; every parameter has exactly one group."""
+    matrices, others = [], []
+    for name, p in model.named_parameters():
+        (matrices if name.startswith("blocks.") and p.ndim == 2 else others).append(p)
+    assert len(matrices) + len(others) == len({id(p) for p in model.parameters()})
+    ns_dtype = torch.bfloat16 if cfg.precision == "bf16" else torch.float32
+    return Muon([
+        {"params": matrices, "use_muon": True, "lr": cfg.lr, "momentum": cfg.momentum, "nesterov": True,
+         "ns_steps": cfg.ns_steps, "ns_dtype": ns_dtype, "weight_decay": 0.0},
+        {"params": others, "use_muon": False, "lr": cfg.adam_lr, "betas": cfg.adam_betas, "eps": cfg.adam_eps,
+         "weight_decay": 0.0},
+    ])
+
+
+def lr_factor(cfg: Config, step: int) -> float:
+    """What the learning rates are multiplied with at `step` (0-based): linear warm-up, then constant or linear to 0."""
+    decay = 1 - step / cfg.total_steps if cfg.lr_decay == "linear" else 1.0
+    return decay * min(1.0, (step + 1) / max(1, cfg.warmup))
+
+
+@torch.no_grad()
+def clip_gradients(model: nn.Module, max_norm: float) -> tuple[Tensor, Tensor]:
+    """Scale the gradients to a global norm of at most `max_norm`.
+
+    Returns the norm before clipping and ok, both 0-dim on the device; where the norm is not finite, on any rank, ok is 0
+    and all gradients are 0, so that `Muon.step(ok)` leaves everything as it was.
+    """
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(grads)
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    ok = norm.isfinite()
+    torch._foreach_mul_(local(grads), (max_norm / (norm + 1e-6)).clamp(max=1.0))
+    for grad in local(grads):
+        grad.masked_fill_(~ok, 0.0)
+    return norm, ok.float()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Validation, sample grids, log
+
+
+@torch.no_grad()
+def held_out_loss(model: PRX, sets: list[RowSet], encode_text: TextEncoder, cfg: Config, device: torch.device) -> float | None:
+    """The flow-matching loss of up to 64 held-out rows, dense, each at a fixed t and noise; None where no row is held out."""
+    rows = [s.read(row) for s in sets for row in s.held_out[: -(-64 // len(sets))]]
+    errors = []
+    for first in range(0, len(rows), cfg.micro_batch):
+        part = rows[first : first + cfg.micro_batch]
+        images = torch.from_numpy(np.stack([row["image"] for row in part])).permute(0, 3, 1, 2)
+        batch = make_batch({"images": images, "captions": [row["caption"] for row in part]}, encode_text, device)
+        t = torch.tensor([(first + i + 0.5) / len(rows) for i in range(len(part))], device=device)
+        noise = [torch.randn(images.shape[1:], generator=tag_generator("cpu", "held out", row["key"])) for row in part]
+        eps = cfg.noise_scale * torch.stack(noise).to(device)
+        x0_hat, _ = model(add_noise(batch["x0"], eps, t), t, batch["txt"], batch["txt_mask"])
+        error = (x0_hat - batch["x0"]).square().mean(dim=(1, 2, 3))
+        errors.append(error / t.clamp(min=T_MIN) ** cfg.t_power)
+    return torch.cat(errors).mean().item() if errors else None
+
+
+def to_uint8(x0: Tensor) -> np.ndarray:
+    """Images [B, 3, H, W] in [-1, 1] -> uint8 [B, H, W, 3]."""
+    return ((x0.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def draw_grid(images: np.ndarray, prompts: list[str], columns: int = 4) -> Image.Image:
+    """Images uint8 [B, H, W, 3] as a sheet, each with its prompt below; small ones are enlarged to 192px."""
+    H, W = images.shape[1:3]
+    zoom = max(1, 192 // W)
+    font = ImageFont.load_default(size=12)
+    lines = [textwrap.wrap(prompt, max(12, W * zoom // 6))[:6] for prompt in prompts]
+    cell_w, cell_h = W * zoom + 8, H * zoom + 16 + 15 * max(1, *map(len, lines))
+    columns = min(columns, len(images))
+    sheet = Image.new("RGB", (columns * cell_w, -(-len(images) // columns) * cell_h), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (image, text) in enumerate(zip(images, lines)):
+        x, y = i % columns * cell_w + 4, i // columns * cell_h + 4
+        sheet.paste(Image.fromarray(image).resize((W * zoom, H * zoom), Image.Resampling.NEAREST), (x, y))
+        draw.text((x, y + H * zoom + 3), "\n".join(text), fill="black", font=font)
+    return sheet
+
+
+def sample_grid(model: PRX, prompts: list[str], encode_text: TextEncoder, cfg: Config, image_size: int) -> Image.Image:
+    """The run's fixed prompts, seed i for prompt i, drawn as a sheet."""
+    txt, txt_mask = encode_text(prompts)
+    null_txt, null_mask = encode_text([""])
+    x0 = generate(model, txt, txt_mask, null_txt=null_txt, null_mask=null_mask, size=(image_size, image_size),
+                  steps=cfg.sample_steps, guidance=cfg.guidance, scale=cfg.scale, drop=cfg.drop,
+                  seeds=list(range(len(prompts))), shift=cfg.shift)
+    return draw_grid(to_uint8(x0), prompts)
+
+
+class Log:
+    """log.txt and metrics.jsonl of a run, written by rank 0 only."""
+
+    def __init__(self, run: Path, first_step: int):
+        self.is_main = dist.get_rank() == 0
+        self.text, self.json = run / "log.txt", run / "metrics.jsonl"
+        if self.is_main and self.json.exists():  # what an interrupted run logged past its checkpoint happens again
+            kept = [line for line in self.json.read_text().splitlines() if json.loads(line)["step"] <= first_step]
+            self.json.write_text("".join(line + "\n" for line in kept))
+
+    def write(self, text: str, console: bool = True) -> None:
+        if self.is_main:
+            with self.text.open("a") as file:
+                file.write(text + "\n")
+            if console:
+                print(text, flush=True)
+
+    def metrics(self, step: int, **values) -> None:
+        if self.is_main:
+            with self.json.open("a") as file:
+                file.write(json.dumps({"step": step, **values}) + "\n")
+
+
+def write_header(log: Log, cfg: Config, frozen: Frozen, model: PRX, data: dict, device: torch.device, start: int) -> None:
+    """What proves a run: source, config, versions, hardware and data; the console gets the part that people read."""
+    import datasets
+    import transformers
+
+    for name, text in SOURCES.items():
+        log.write(f"==== {name} sha256 {hashlib.sha256(text.encode()).hexdigest()}\n{text}====", console=False)
+    log.write(f"config {json.dumps(config_to_json(cfg))}", console=False)
+    hardware = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.processor() or platform.machine()} CPU"
+    log.write(f"{datetime.datetime.now():%Y-%m-%d %H:%M}  python {platform.python_version()}  torch {torch.__version__}  "
+              f"transformers {transformers.__version__}  datasets {datasets.__version__}  numpy {np.__version__}")
+    log.write(f"{dist.get_world_size()} x {hardware}, {torch.get_num_threads()} threads; source {SOURCE_HASH[:12]}; "
+              f"run {cfg.name}, seed {cfg.seed}, {cfg.precision}")
+    for folder, manifest_hash in data.items():
+        log.write(f"data {folder}, manifest {manifest_hash[:12]}")
+    count = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("repa_projector."))
+    log.write(f"model {count:,} parameters, width {cfg.width}, depth {cfg.depth}, patch {cfg.patch}; "
+              f"blocks {cfg.route.start} to {cfg.route.stop - 1} see {1 - cfg.drop:.0%} of the tokens in training")
+    weights = {"flow": 1.0, "lpips": cfg.lpips_weight, "pdino": cfg.pdino_weight, "repa": cfg.repa_weight}
+    for i, stage in enumerate(cfg.stages):
+        on = term_names(cfg, frozen, stage)
+        off = f"; off: {', '.join(name for name in weights if name not in on)}" if len(on) < len(weights) else ""
+        log.write(f"stage {i + 1}: {stage.image_size}px, {stage.steps:,} steps of {stage.global_batch} images; "
+                  f"loss {' + '.join(f'{weights[name]:g} {name}' for name in on)}{off}")
+    if cfg.frozen == "random":
+        log.write("WARNING --frozen=random: lpips, pdino and repa come from random weights and mean nothing")
+    if start:
+        log.write(f"continuing from step {start}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run
+
+
+def stage_spans(cfg: Config) -> list[tuple[Stage, int, int]]:
+    """Each stage with its first step and its first row in the run's stream of rows."""
+    spans, step, row = [], 0, 0
+    for stage in cfg.stages:
+        spans.append((stage, step, row))
+        step, row = step + stage.steps, row + stage.steps * stage.global_batch
+    return spans
+
+
+def last_step(cfg: Config) -> int:
+    """The step at which the run ends."""
+    return min(cfg.total_steps, cfg.max_steps or cfg.total_steps)
+
+
+def set_up_ranks(cfg: Config) -> tuple[torch.device, DeviceMesh]:
+    """Join the other ranks (torchrun's environment, or alone) and check that the chunks divide among them."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    for stage in cfg.stages:
+        chunks = stage.global_batch // cfg.micro_batch
+        if chunks % world:
+            fits = [n for n in range(1, chunks + 1) if all(s.global_batch // cfg.micro_batch % n == 0 for s in cfg.stages)]
+            raise UserError(f"{world} ranks cannot share {chunks} chunks of {cfg.micro_batch} rows evenly; "
+                            f"these numbers can: {', '.join(map(str, fits))}")
+    use_cuda = torch.cuda.is_available() if cfg.device == "auto" else cfg.device == "cuda"
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if use_cuda else torch.device("cpu")
+    backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
+    if use_cuda:
+        torch.cuda.set_device(device)
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=datetime.timedelta(minutes=30))
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    gpus_a_node = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    if world > gpus_a_node:
+        mesh = init_device_mesh(device.type, (world // gpus_a_node, gpus_a_node), mesh_dim_names=("replicate", "shard"))
+    else:
+        mesh = init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
+    return device, mesh
+
+
+def open_run(cfg: Config, resume: str) -> tuple[Path, Path | None, object]:
+    """The run's folder, the checkpoint to continue from, and the lock that keeps a second process out."""
+    run = Path("runs") / cfg.name
+    checkpoint = find_resume(cfg, resume, run)
+    lock = None
+    if dist.get_rank() == 0:
+        if resume == "never" and run.exists():
+            n = 1
+            while run.with_name(f"{cfg.name}.old-{n}").exists():
+                n += 1
+            run.rename(run.with_name(f"{cfg.name}.old-{n}"))
+        (run / "samples").mkdir(parents=True, exist_ok=True)
+        (run / "checkpoints").mkdir(exist_ok=True)
+        lock = (run / ".lock").open("w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"another process is training {run}; choose another --name") from None
+    dist.barrier()
+    return run, checkpoint, lock
+
+
+def train(cfg: Config, resume: str, device: torch.device, mesh: DeviceMesh) -> None:
+    """Run the stages of `cfg` from where the run stands to its last step."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    torch.set_float32_matmul_precision("high")
+    torch._dynamo.config.recompile_limit = 64  # a block compiles once for each (stage, routed or not)
+    logging.getLogger("torch.distributed.checkpoint").setLevel(logging.ERROR)
+
+    # Set up: data first, since what is missing there is cheapest to find
+    spans = stage_spans(cfg)
+    sets = Chunks(cfg, cfg.stages[0], 0).sets
+    data = {s.folder: hashlib.sha256((Path(s.folder) / "manifest.json").read_bytes()).hexdigest() for s in sets}
+    run, checkpoint, lock = open_run(cfg, resume)
+    for turn in (0, 1):  # rank 0 first: what is downloaded is downloaded once
+        if (rank == 0) == (turn == 0):
+            encode_text = load_text_encoder(cfg, device)
+            frozen = load_frozen(cfg, device)
+        dist.barrier()
+
+    # Build
+    model = build_model(cfg, mesh, device)
+    optimizer = build_optimizer(model, cfg)
+    ema = EMA(model)
+    progress = {"step": torch.zeros((), dtype=torch.int64), "seconds": torch.zeros((), dtype=torch.float64),
+                "skipped": torch.zeros((), dtype=torch.int64)}
+
+    # Resume
+    if checkpoint is not None:
+        load_checkpoint_state(checkpoint, checkpoint_state(model, ema, optimizer, progress))
+    step, end = int(progress["step"]), last_step(cfg)
+    if step >= end:
+        raise UserError(f"checkpoint {checkpoint} is at step {step}, and the run ends at {end}: raise --max_steps or --stages")
+    log = Log(run, step)
+    write_header(log, cfg, frozen, model, data, device, step)
+    if not any(len(s.held_out) for s in sets):
+        log.write("no held-out loss: the data is too small to have held-out rows")
+
+    stop_asked = []
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, lambda number, frame: stop_asked.append(number))
+    skips_in_a_row = torch.zeros((), device=device)
+    clock = time.perf_counter() - float(progress["seconds"])  # training time, evaluation and samples taken out
+    stop = False
+
+    def report(step: int, stage: Stage, names: list[str], steps: int, sums: Tensor, seconds: float, rate: float) -> None:
+        """Print and log one window; acts on what all ranks agreed on."""
+        nonlocal stop
+        *values, skipped, worst, stops = (sums.cpu() / world).tolist()
+        progress["skipped"] += round(skipped)
+        mean = dict(zip(names, (value / max(1, steps - round(skipped)) for value in values)))
+        factor = lr_factor(cfg, step - 1)
+        left = (end - step) / max(rate, 1e-9)
+        dollars = seconds / 3600 * world * cfg.price
+        cost = f"  {seconds / 3600:.2f} h, ${dollars:,.2f}" if device.type == "cuda" else ""
+        skips = f"  skipped {int(progress['skipped'])}" if progress["skipped"] else ""
+        terms = "  ".join(f"{name} {mean[name]:.4f}" for name in names)
+        log.write(f"step {step}/{end}  {terms}  {rate * stage.global_batch:.0f} images/s  "
+                  f"{datetime.timedelta(seconds=round(left))} left{cost}{skips}")
+        log.metrics(step, **mean, lr=cfg.lr * factor, images_per_second=rate * stage.global_batch, seconds=seconds,
+                    skipped=int(progress["skipped"]))
+        if worst >= SKIPS_IN_A_ROW:
+            saved = sorted(run.glob("checkpoints/step_*"))
+            raise UserError(f"{SKIPS_IN_A_ROW} steps in a row had non-finite gradients; stopped at step {step}. "
+                            f"Last good checkpoint: {saved[-1] if saved else 'none'}")
+        stop = stops > 0
+
+    # Train
+    for stage, first_step, first_row in spans:
+        stage_end = min(first_step + stage.steps, end)
+        if step >= stage_end or stop:
+            continue
+        chunks = Chunks(cfg, stage, first_row)
+        for s in chunks.sets:
+            if s.stored_size != stage.image_size:
+                log.write(f"{s.folder} has no {stage.image_size}px: {s.stored_size}px is scaled down")
+        per_step = stage.global_batch // cfg.micro_batch
+        mine = per_step // world  # chunks of a step that this rank runs
+        order = [s * per_step + rank * mine + k for s in range(step - first_step, stage_end - first_step) for k in range(mine)]
+        raw_chunks = load_chunks(chunks, order, device)
+        names = ["loss", *term_names(cfg, frozen, stage), "grad_norm"]
+        window = torch.zeros(len(names) + 3, device=device)  # sums of `names`, then skipped, worst, stops
+        window_steps, window_start, pending = 0, time.perf_counter(), []
+
+        while step < stage_end and not stop:
+            sums = torch.zeros(len(names) - 1, device=device)
+            for k in range(mine):
+                batch = make_batch(next(raw_chunks), encode_text, device)
+                model.set_requires_gradient_sync(k == mine - 1)
+                model.set_reshard_after_backward(k == mine - 1)
+                generator = tag_generator(device, cfg.seed, step, rank * mine + k)
+                loss, terms = training_loss(model, frozen, batch, cfg, stage, generator)
+                (loss / mine).backward()
+                sums += torch.stack([loss.detach(), *terms.values()]) / mine
+            norm, ok = clip_gradients(model, cfg.grad_clip)
+            factor = lr_factor(cfg, step)
+            for group in optimizer.param_groups:
+                group["lr"] = factor * (cfg.lr if group["use_muon"] else cfg.adam_lr)
+            optimizer.step(ok)
+            optimizer.zero_grad()
+            if step % cfg.ema_every == 0:
+                ema.update(cfg.ema)
+            step += 1
+
+            # Statistics stay on the device; a window is read after it has long arrived, at the end of the next one
+            skips_in_a_row = (skips_in_a_row + 1) * (1 - ok)
+            window[: len(names)] += torch.where(ok > 0, torch.cat([sums, norm[None]]), 0.0)
+            window[-3] += 1 - ok
+            window[-2] = torch.maximum(window[-2], skips_in_a_row)
+            window_steps += 1
+            due = [every and step % every == 0 or step == stage_end
+                   for every in (cfg.eval_every, cfg.sample_every, cfg.save_every)]
+            if step % cfg.log_every == 0 or any(due):
+                window[-1] = len(stop_asked)
+                dist.all_reduce(window)
+                now = time.perf_counter()
+                pending.append((step, stage, names, window_steps, window.to("cpu", non_blocking=True), now - clock,
+                                window_steps / (now - window_start)))
+                window, window_steps, window_start = torch.zeros_like(window), 0, now
+                if device.type == "cuda" and (any(due) or len(pending) > 1):
+                    torch.cuda.current_stream().synchronize() if any(due) else None
+                while len(pending) > (1 if device.type == "cuda" and not any(due) else 0):
+                    report(*pending.pop(0))
+            if any(due) or stop:
+                paused = time.perf_counter()
+                progress["step"].fill_(step)
+                progress["seconds"].fill_(paused - clock)
+                with ema.applied(), torch.compiler.set_stance("force_eager"):
+                    loss = held_out_loss(model, chunks.sets, encode_text, cfg, device) if due[0] else None
+                    if loss is not None:
+                        log.write(f"step {step}/{end}  held-out loss {loss:.4f}")
+                        log.metrics(step, held_out=loss, seconds=float(progress["seconds"]))
+                    if due[1]:
+                        prompts = [p for s in chunks.sets for p in s.manifest["prompts"]][:16]
+                        sheet = sample_grid(model, prompts, encode_text, cfg, stage.image_size)
+                        if rank == 0:
+                            sheet.save(run / "samples" / f"step_{step:06d}.png")
+                if due[2] or stop:
+                    save_checkpoint(run / "checkpoints", checkpoint_state(model, ema, optimizer, progress), cfg, step)
+                    write_ema(run / "ema.safetensors", ema, cfg, step, data)
+                clock += time.perf_counter() - paused
+                window_start = time.perf_counter()
+
+    # Finish
+    if stop:
+        log.write(f"stopped by a signal at step {step}; the same command continues")
+        raise SystemExit(128 + stop_asked[0] if stop_asked else 1)
+    log.write(f"finished at step {step}: {run}/ema.safetensors, samples in {run}/samples")
+
+
+def main(argv: list[str]) -> None:
+    """The command line's run: set up, train, and take the ranks down in the order that gloo survives."""
+    cfg, resume = parse_config(argv)
+    device, mesh = set_up_ranks(cfg)
+    train(cfg, resume, device, mesh)
+    gc.collect()  # model and gradients first: gloo processes otherwise sometimes abort after success
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    run_main(main)
