@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import warnings
-from argparse import SUPPRESS, ArgumentTypeError
+from argparse import ArgumentTypeError
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -405,10 +405,10 @@ def main(argv: list[str]) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("build", help="a folder of captioned pictures -> shards")
     command.set_defaults(run=build)
-    command.add_argument("--source", required=True, default=SUPPRESS,
+    command.add_argument("--source", required=True,
                          help="folder of pictures with metadata.csv, .jsonl or .parquet, or with name.txt beside name.jpg")
-    command.add_argument("--out", required=True, default=SUPPRESS, type=Path, help="folder to write, not there yet")
-    command.add_argument("--size", required=True, default=SUPPRESS, type=sizes,
+    command.add_argument("--out", required=True, type=Path, help="folder to write, not there yet")
+    command.add_argument("--size", required=True, type=sizes,
                          help="sides of the square images, px, such as 512,1024")
     command.add_argument("--format", choices=["jpeg", "png"], default="jpeg", help="how the images are stored")
     command.add_argument("--quality", type=percent, default=95, help="of the JPEGs, 1 to 100")
@@ -418,7 +418,7 @@ def main(argv: list[str]) -> None:
                          help="an image whose short side is below this times the largest size is dropped as too small")
     command = commands.add_parser("check", help="verify checksums, row counts, images and captions")
     command.set_defaults(run=check)
-    command.add_argument("--data", required=True, default=SUPPRESS, type=Path, help="folder that build or scenes.py wrote")
+    command.add_argument("--data", required=True, type=Path, help="folder that build or scenes.py wrote")
     if argv and argv[0] in commands.choices:  # straight to its own parser, which then names the nearest of its flags
         args = commands.choices[argv[0]].parse_args(argv[1:])
     else:

@@ -75,84 +75,64 @@ def assign_owners(shapes: list[torch.Size], world: int) -> list[int]:
     return owners
 
 
-class Transport:
-    """Carries the updates of sharded matrices to their owners and the results back.
+def exchange(send: list[list[Tensor]], shapes: list[list[tuple[int, int]]], like: Tensor) -> list[list[Tensor]]:
+    """Send the matrices `send[r]` to every rank r; returns those that every rank sent here, of the given `shapes`."""
+    buffer = torch.cat([like.new_empty(0), *(matrix.flatten() for matrices in send for matrix in matrices)])
+    sizes = [[m * n for m, n in of_rank] for of_rank in shapes]
+    received = like.new_empty(sum(map(sum, sizes)))
+    dist.all_to_all_single(received, buffer, [sum(of_rank) for of_rank in sizes],
+                           [sum(matrix.numel() for matrix in matrices) for matrices in send])
+    pieces = iter(received.split([size for of_rank in sizes for size in of_rank]))
+    return [[next(pieces).view(shape) for shape in of_rank] for of_rank in shapes]
 
-    Works for parameters sharded by rows over the last dimension of a device mesh and replicated over any other; the
-    mesh must cover all ranks. A matrix travels to its owner from the owner's own replica and back to every replica.
+
+class Owners:
+    """Which rank orthogonalises which of a list of sharded matrices, and how their rows get there and back.
+
+    The matrices are sharded by rows over the last dimension of one device mesh and replicated over any other, as FSDP2
+    leaves them; the mesh covers all ranks. Rows travel to a matrix's owner from the owner's own replica, and from the
+    owner to every replica. Raises ValueError for any other layout.
     """
 
     def __init__(self, params: list[DTensor]):
         mesh = params[0].device_mesh
-        sharded_by_rows = (Replicate(),) * (mesh.ndim - 1) + (Shard(0),)
+        by_rows = (Replicate(),) * (mesh.ndim - 1) + (Shard(0),)
         for p in params:
-            if p.device_mesh != mesh or tuple(p.placements) != sharded_by_rows:
+            if p.device_mesh != mesh or tuple(p.placements) != by_rows:
                 raise ValueError(f"Muon needs all matrices sharded by rows over one mesh, not {p.placements}")
         if mesh.size() != dist.get_world_size():
             raise ValueError(f"Muon's mesh has {mesh.size()} of {dist.get_world_size()} ranks; it needs all of them")
-        ranks = mesh.mesh.reshape(-1, mesh.mesh.shape[-1])  # [replicas, shards] of global ranks
-        place = {int(ranks[r, s]): (r, s) for r in range(ranks.shape[0]) for s in range(ranks.shape[1])}
-        replica, shard = place[dist.get_rank()]
+        grid = mesh.mesh.reshape(-1, mesh.mesh.shape[-1]).tolist()  # [replicas][shards] -> rank
+        self.ranks, self.shards, self.me = range(mesh.size()), len(grid[0]), dist.get_rank()
+        self.replica = {rank: row for row in grid for rank in row}  # rank -> the ranks of its replica, in shard order
+        self.shard = {rank: row.index(rank) for row in grid for rank in row}
         self.shapes = [p.shape for p in params]
         owners = assign_owners(self.shapes, mesh.size())
-        self.mine = [i for i, owner in enumerate(owners) if owner == dist.get_rank()]
+        self.owned = [[i for i, owner in enumerate(owners) if owner == rank] for rank in self.ranks]
 
-        def rows(i: int, shard: int) -> int:  # FSDP2 shards as torch.chunk does: ceil(m / shards), the rest on the last
-            m = self.shapes[i][0]
-            chunk = -(-m // ranks.shape[1])
-            return max(0, min(m - shard * chunk, chunk))
-
-        def numel(i: int, shard: int) -> int:
-            return rows(i, shard) * self.shapes[i][1]
-
-        self.local_shapes = [(rows(i, shard), shape[1]) for i, shape in enumerate(self.shapes)]
-        self.by_owner = sorted(range(len(params)), key=owners.__getitem__)  # the order inside every buffer
-        self.to_owner = [sum(numel(i, shard) for i in self.by_owner if owners[i] == rank and place[rank][0] == replica)
-                         for rank in range(mesh.size())]
-        self.from_shards = [sum(numel(i, place[rank][1]) for i in self.mine) if place[rank][0] == replica else 0
-                            for rank in range(mesh.size())]
-        self.to_shards = [sum(numel(i, place[rank][1]) for i in self.mine) for rank in range(mesh.size())]
-        self.from_owner = [sum(numel(i, shard) for i in self.by_owner if owners[i] == rank)
-                           for rank in range(mesh.size())]
-        self.sent = [i for i in self.by_owner if place[owners[i]][0] == replica]
-        self.shard_of = [place[rank][1] for rank in range(mesh.size())]
-        self.sources = [rank for rank in range(mesh.size()) if place[rank][0] == replica]  # in shard order below
-        self.sources.sort(key=lambda rank: place[rank][1])
-        self.rows = rows
+    def part(self, i: int, shard: int) -> tuple[int, int]:
+        """The shape of a shard of matrix i: ceil(m / shards) rows each until none are left, as in torch.chunk."""
+        m, n = self.shapes[i]
+        rows = -(-m // self.shards)
+        return max(0, min(m - shard * rows, rows)), n
 
     def orthogonalize(self, updates: list[Tensor], steps: int, dtype: torch.dtype) -> list[Tensor]:
-        """Row slices of every matrix in, row slices of every orthogonalised matrix out, in `dtype`."""
-        device = updates[0].device
-        send = torch.cat([torch.empty(0, dtype=dtype, device=device), *(updates[i].to(dtype).flatten() for i in self.sent)])
-        received = self._exchange(send, self.to_owner, self.from_shards)
-        slices: dict[int, list[Tensor]] = {}  # rank -> its rows of my matrices
-        for rank, buffer in enumerate(received.split(self.from_shards)):
-            if rank in self.sources:
-                slices[rank] = self._unpack(buffer, self.shard_of[rank])
-        whole = [torch.cat([slices[rank][k] for rank in self.sources]) for k in range(len(self.mine))]  # [m, n]
+        """This rank's rows of every matrix in, its rows of every orthogonalised matrix out, in `dtype`."""
+        updates = [update.to(dtype) for update in updates]
+        mine, near = self.owned[self.me], self.replica[self.me]
+        slices = exchange([[updates[i] for i in self.owned[rank]] if rank in near else [] for rank in self.ranks],
+                          [[self.part(i, self.shard[rank]) for i in mine] if rank in near else [] for rank in self.ranks],
+                          like=updates[0])
+        whole = [torch.cat([slices[rank][k] for rank in near]) for k in range(len(mine))]  # [m, n]
         results = orthogonalize(whole, steps, dtype)
-
-        pieces = [torch.empty(0, dtype=dtype, device=device)]
-        for shard in self.shard_of:
-            for i, result in zip(self.mine, results):
-                first = sum(self.rows(i, s) for s in range(shard))
-                pieces.append(result[first : first + self.rows(i, shard)].flatten())
-        returned = self._exchange(torch.cat(pieces), self.to_shards, self.from_owner)
-        out: list[Tensor] = [torch.empty(0)] * len(updates)
-        sizes = [self.local_shapes[i][0] * self.local_shapes[i][1] for i in self.by_owner]
-        for i, piece in zip(self.by_owner, returned.split(sizes)):
-            out[i] = piece.view(self.local_shapes[i])
-        return out
-
-    def _unpack(self, buffer: Tensor, shard: int) -> list[Tensor]:
-        shapes = [(self.rows(i, shard), self.shapes[i][1]) for i in self.mine]
-        return [piece.view(shape) for piece, shape in zip(buffer.split([m * n for m, n in shapes]), shapes)]
-
-    @staticmethod
-    def _exchange(send: Tensor, send_sizes: list[int], receive_sizes: list[int]) -> Tensor:
-        received = send.new_empty(sum(receive_sizes))
-        dist.all_to_all_single(received, send, receive_sizes, send_sizes)
-        return received
+        parts = [result.split([self.part(i, s)[0] for s in range(self.shards)]) for i, result in zip(mine, results)]
+        returned = exchange([[part[self.shard[rank]] for part in parts] for rank in self.ranks],
+                            [[self.part(i, self.shard[self.me]) for i in self.owned[rank]] for rank in self.ranks],
+                            like=updates[0])
+        for rank in self.ranks:
+            for i, rows in zip(self.owned[rank], returned[rank]):
+                updates[i] = rows
+        return updates
 
 
 def local(tensors: list[Tensor]) -> list[Tensor]:
@@ -184,7 +164,7 @@ class Muon(torch.optim.Optimizer):
                 raise ValueError(f"Muon takes matrices only, not shapes {not_matrices}")
             groups.append(group)
         super().__init__(groups, {})
-        self._transports: dict[int, Transport] = {}
+        self._owners: dict[tuple[int, ...], Owners] = {}  # by the parameters that have gradients
         # State exists from the start, so that a checkpoint can be loaded into it before the first step.
         for group in self.param_groups:
             for p in group["params"]:
@@ -218,10 +198,10 @@ class Muon(torch.optim.Optimizer):
         updates = torch._foreach_lerp(grads, momenta, group["momentum"]) if group["nesterov"] else momenta
 
         if isinstance(params[0], DTensor):
-            key = hash(tuple(id(p) for p in params))  # the set with gradients differs between stages
-            if key not in self._transports:
-                self._transports[key] = Transport(params)
-            updates = self._transports[key].orthogonalize(updates, group["ns_steps"], group["ns_dtype"])
+            key = tuple(id(p) for p in params)
+            if key not in self._owners:
+                self._owners[key] = Owners(params)
+            updates = self._owners[key].orthogonalize(updates, group["ns_steps"], group["ns_dtype"])
         else:
             updates = orthogonalize(updates, group["ns_steps"], group["ns_dtype"])
 

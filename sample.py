@@ -10,7 +10,7 @@ Reads `ema.safetensors` only: averaged weights, with the run's config in their m
 import hashlib
 import json
 import re
-from argparse import SUPPRESS, ArgumentTypeError
+from argparse import ArgumentTypeError
 from collections.abc import Callable
 from pathlib import Path
 
@@ -148,7 +148,7 @@ def score(args) -> None:
     print(f"{args.checkpoint}: {args.n} scenes with held-out colour-shape pairs, {objects} objects, {side}px, "
           f"guidance {settings['guidance']} {settings['scale']:g}, {settings['steps']} steps")
     meaning = {"objects": "right colour in the right place", "exact": "and right shape and size", "colour": "right colour",
-               "place": "something is there", "size": "right size", "shape": "right shape",
+               "place": "something is there", "size": "right size", "shape": "right shape", "background": "right background",
                "scenes": "every object exact, nothing else"}
     for name, share in result.items():
         print(f"  {name:8}{100 * share:6.1f}%  {meaning[name]}")
@@ -255,7 +255,7 @@ def share(text: str) -> float:
 
 
 def add_sampling_flags(parser: Parser) -> None:
-    parser.add_argument("--checkpoint", required=True, default=SUPPRESS, help="a run's folder or its ema.safetensors")
+    parser.add_argument("--checkpoint", required=True, help="a run's folder or its ema.safetensors")
     parser.add_argument("--steps", type=positive, default=None, help="Euler steps (default: the run's)")
     parser.add_argument("--guidance", choices=["self", "cfg", "none"], default=None, help="dense against routed, prompt "
                         "against empty prompt, or none (default: the run's)")
@@ -284,8 +284,8 @@ def build_parsers() -> dict[str, tuple[Parser, Callable]]:
     scorer.add_argument("--out", type=Path, default=None, help="PNG of the first 16 (default: score_scenes.png beside the checkpoint)")
 
     exporter = Parser(prog="sample.py export", description="Write a folder that diffusers opens.")
-    exporter.add_argument("--checkpoint", required=True, default=SUPPRESS, help="a run's folder or its ema.safetensors")
-    exporter.add_argument("--out", type=Path, required=True, default=SUPPRESS, help="folder to write; must not exist")
+    exporter.add_argument("--checkpoint", required=True, help="a run's folder or its ema.safetensors")
+    exporter.add_argument("--out", type=Path, required=True, help="folder to write; must not exist")
     return {"": (draw, sample), "score": (scorer, score), "export": (exporter, export)}
 
 

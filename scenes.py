@@ -13,6 +13,7 @@ Lengths are in cells (a cell is a quarter of the picture, size / 2 pixels wide),
 is the same picture at every size. Colours are sRGB, 0 to 255.
 """
 import io
+import math
 import random
 from argparse import ArgumentTypeError
 from collections.abc import Callable, Iterator
@@ -32,12 +33,12 @@ COLOURS = {
     "cyan": (60, 210, 230), "blue": (40, 90, 240), "purple": (185, 60, 225), "white": (240, 240, 240),
 }
 BACKGROUNDS = {"black": (10, 10, 10), "gray": (75, 75, 75), "brown": (90, 50, 20), "navy": (15, 20, 75)}
-PLACES = {"top left": (0, 0), "top right": (0, 1), "bottom left": (1, 0), "bottom right": (1, 1)}  # row, column of cells
+PLACES = {"top left": (0, 0), "top right": (0, 1), "bottom left": (1, 0), "bottom right": (1, 1)}  # row, column
 SIZES = {"small": 0.24, "large": 0.37}  # half an object's extent, in cells: areas 1 to 2.4
 SHAPES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {  # signed distance to an outline within [-1, 1]^2
     "circle": lambda x, y: np.hypot(x, y) - 0.9,
     "square": lambda x, y: np.maximum(abs(x), abs(y)) - 0.8,
-    "triangle": lambda x, y: np.maximum(y - 0.8, (1.8 * abs(x) - y - 1) / np.hypot(1.8, 1)),
+    "triangle": lambda x, y: np.maximum(y - 0.8, (1.8 * abs(x) - y - 1) / math.hypot(1.8, 1)),
     "cross": lambda x, y: np.minimum(np.maximum(abs(x) - 1, abs(y) - 0.36), np.maximum(abs(x) - 0.36, abs(y) - 1)),
 }
 
@@ -59,9 +60,10 @@ class Level:
         return [(colour, self.shapes[i % len(self.shapes)]) for i, colour in enumerate(self.colours)]
 
     def pairs(self, split: str) -> list[tuple[str, str]]:
-        """The (colour, shape) pairs that a split draws from."""
-        hidden = self.held_out() if split == "train" else []
-        return [(colour, shape) for colour in self.colours for shape in self.shapes if (colour, shape) not in hidden]
+        """The (colour, shape) pairs that a split draws from: no pair is in both."""
+        hidden = self.held_out()
+        shown = [(colour, shape) for colour in self.colours for shape in self.shapes if (colour, shape) not in hidden]
+        return {"train": shown, "held_out": hidden}[split]
 
 
 LEVELS = {
@@ -101,7 +103,7 @@ SPLITS = ("train", "held_out")
 def make_scenes(n: int, seed: int, split: str = "train", level: str = "demo") -> list[Scene]:
     """The first `n` scenes of a split. Scene i depends on (level, split, seed, i) alone.
 
-    A `train` scene has no held-out pair; a `held_out` scene has at least one, its other objects have any pair.
+    No object of a `train` scene has a held-out (colour, shape) pair; every object of a `held_out` scene has one.
     Raises ValueError if there is no such split or level.
     """
     if split not in SPLITS or level not in LEVELS:
@@ -117,13 +119,11 @@ def make_scene(index: int, seed: int, split: str, level: str) -> Scene:
     background = rng.choice(rules.backgrounds)
     objects = []
     for place in rng.sample(list(PLACES), rng.randint(1, rules.max_objects)):
-        first_held_out = split == "held_out" and not objects
-        colour, shape = rng.choice(rules.held_out() if first_held_out else rules.pairs(split))
+        colour, shape = rng.choice(rules.pairs(split))
         objects.append(SceneObject(
             shape, colour, size=rng.choice(rules.sizes), place=place,
             dx=rng.uniform(-rules.shift, rules.shift), dy=rng.uniform(-rules.shift, rules.shift),
             stretch=1 + rng.uniform(-rules.stretch, rules.stretch), shade=1 + rng.uniform(-rules.shade, rules.shade)))
-    rng.shuffle(objects)  # else captions would always name a held-out pair first
     return Scene(background, tuple(objects), level)
 
 
@@ -164,14 +164,14 @@ def render(scene: Scene, size: int) -> np.ndarray:
 # The scorer
 
 PRESENT_SHARE = 0.6    # of a cell's variance, explained by its best template; true renders 0.88 and more, noise 0.04
-PRESENT_CONTRAST = 80  # foreground to background, where black to white is 441; true renders 97 and more, the mean picture 67
+PRESENT_CONTRAST = 80  # foreground to background; black to white is 441, true renders 97 and more, the mean picture 67
 COLOUR_REACH = 75      # farther than this from every named colour is no colour
-SHIFTS = np.linspace(-0.12, 0.12, 9)  # of the templates, in cells: half a pixel apart at 32 px
+SHIFTS = [0.03 * i for i in range(-4, 5)]  # of the templates, in cells: half a pixel apart at 32 px
 
 
 @lru_cache(maxsize=4)
 def templates(level: str, cell: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Every shape x size x shift as (unit [T, P], norm [T], mean [T], shape [T], size [T]), with P = cell * cell pixels.
+    """Every shape x size x shift as (unit [T, P], norm [T], mean [T], shape [T], size [T]), with P = cell^2 pixels.
 
     A template's coverage is mean + norm * unit, where `unit` has mean 0 and length 1; `shape` and `size` index the
     level's names.
@@ -195,7 +195,7 @@ def read_cells(images: np.ndarray, level: str) -> dict[str, np.ndarray]:
     """
     batch, size = images.shape[:2]
     if images.shape[1:] != (size, size, 3) or size % 2 or images.dtype != np.uint8:
-        raise ValueError(f"images are uint8 [B, H, W, 3] with H = W, even; these are {images.dtype} {list(images.shape)}")
+        raise ValueError(f"images are uint8 [B, H, W, 3] with H = W, even, not {images.dtype} {list(images.shape)}")
     cell = size // 2
     unit, norm, cover, shape, extent = templates(level, cell)
     x = images.reshape(batch, 2, cell, 2, cell, 3)    # [B, H, W, 3] -> [B, row, y, column, x, 3]
@@ -236,9 +236,10 @@ def score_scenes(images, scenes: list[Scene]) -> dict[str, float]:
         background  the fitted background is the captioned one
     Of all scenes:
         scenes      the whole caption holds: every object exact, every background right, and nothing in the other places
-    On 2,048 held-out scenes at 32 px: true renders give 1.0 in all of these, with 5% noise as well, with 10% noise
-    0.89 objects and exact; captions of other pictures give 0.08 objects (chance: 2.5 of 4 places times 1 of 8 colours)
-    and 0.015 exact; blank, mean, striped and noise pictures give 0 of both. Raises ValueError for other shapes or dtypes.
+    On 2,048 held-out scenes at 32 px: true renders give 1.0 in all of these; with 5% noise 0.999, with 10%
+    0.90 objects and exact; captions of other pictures give 0.08 objects (chance: 2.5 of 4 places times 1 of 8 colours)
+    and 0.015 exact; blank, mean, striped and noise pictures give 0 of both. Raises ValueError for another
+    shape or dtype.
     """
     images = np.asarray(images.cpu() if hasattr(images, "cpu") else images)
     level = scenes[0].level
@@ -257,13 +258,15 @@ def score_scenes(images, scenes: list[Scene]) -> dict[str, float]:
     place = found["present"][at]
     colour, shape, size = named("colour", rules.colours), named("shape", rules.shapes), named("size", rules.sizes)
     exact = colour & shape & size
-    background = found["background"] == np.array([[rules.backgrounds.index(scene.background)] for scene in scenes])  # [B, 4]
+    wanted = np.array([rules.backgrounds.index(scene.background) for scene in scenes])
+    background = found["background"] == wanted[:, None]  # [B, 4]
     shown = ~found["present"]                # [B, 4]: an unnamed place is right if empty
     shown[at] = exact                        # a named one if its object is exact
     return {
         "objects": float(colour.mean()), "exact": float(exact.mean()),
-        "place": float(place.mean()), "colour": float(colour.mean()), "shape": float(shape.mean()), "size": float(size.mean()),
-        "background": float(background.mean()), "scenes": float((shown & background).all(1).mean()),
+        "place": float(place.mean()), "colour": float(colour.mean()), "shape": float(shape.mean()),
+        "size": float(size.mean()), "background": float(background.mean()),
+        "scenes": float((shown & background).all(1).mean()),
     }
 
 
@@ -274,7 +277,8 @@ def rows(n: int, sizes: list[int], seed: int, level: str) -> Iterator[dict]:
     """`n` training scenes as the rows that data_prep.write_dataset takes."""
     for i in range(n):
         scene = make_scene(i, seed, "train", level)
-        yield {"key": f"scenes-{level}-{seed}-train-{i:06d}", "images": {size: png(render(scene, size)) for size in sizes},
+        yield {"key": f"scenes-{level}-{seed}-train-{i:06d}",
+               "images": {size: png(render(scene, size)) for size in sizes},
                "caption": caption(scene), "caption_short": caption(scene, short=True), "source": f"scenes:{level}"}
 
 
@@ -301,7 +305,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("command", choices=["make"], help="make: write training scenes to --out")
     parser.add_argument("--out", type=Path, default=Path("data/scenes"), help="folder to make; must not exist")
     parser.add_argument("--rows", type=int, default=20000, help="number of pictures")
-    parser.add_argument("--size", type=size_list, default="32", help="width and height, pixels; a comma list makes several")
+    parser.add_argument("--size", type=size_list, default="32", help="width and height, px; a comma list makes several")
     parser.add_argument("--level", default="demo", help=f"difficulty: {', '.join(LEVELS)}")
     parser.add_argument("--seed", type=int, default=0, help="another seed makes other scenes")
     args = parser.parse_args(argv)

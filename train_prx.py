@@ -638,13 +638,21 @@ FALLBACKS = {  # gated model -> (the flag that replaces it, an open model)
 
 def load_pretrained(loader, model_id: str, **kwargs):
     """`loader.from_pretrained`, its failures as one UserError: the id, where access is asked for, the open fallback."""
+    from transformers import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()  # a report of the decoder's unused weights; missing ones raise below
     try:
-        return loader.from_pretrained(model_id, **kwargs)
+        loaded = loader.from_pretrained(model_id, **kwargs)
     except (OSError, ValueError, KeyError) as error:
         flag, fallback = FALLBACKS.get(model_id, (None, None))
         advice = f"; open fallback: {flag}={fallback}" if flag else ""
         where = "" if Path(model_id).exists() else f"; access and download: https://huggingface.co/{model_id}"
         raise UserError(f"cannot load {model_id}: {str(error).strip().splitlines()[0]}{where}{advice}") from None
+    if kwargs.get("output_loading_info"):
+        loaded, info = loaded
+        if info["missing_keys"]:
+            raise UserError(f"{model_id} lacks weights of {loader.__name__}: {', '.join(sorted(info['missing_keys'])[:3])}, ...")
+    return loaded
 
 
 class T5GemmaText:
@@ -656,9 +664,9 @@ class T5GemmaText:
         self.device, self.max_length = device, cfg.text_tokens
         self.tokenizer = load_pretrained(AutoTokenizer, cfg.text_encoder)
         self.model = load_pretrained(  # eager attention: SDPA leaves out T5Gemma's soft cap on the scores
-            T5GemmaEncoderModel, cfg.text_encoder, is_encoder_decoder=False, attn_implementation="eager",
+            T5GemmaEncoderModel, cfg.text_encoder, is_encoder_decoder=False, attn_implementation="eager", output_loading_info=True,
             dtype=torch.bfloat16 if cfg.precision == "bf16" else torch.float32).eval().requires_grad_(False).to(device)
-        hidden = next(self.model.parameters()).shape[-1] if not hasattr(self.model.config, "encoder") else self.model.config.encoder.hidden_size
+        hidden = self.model.config.encoder.hidden_size
         if hidden != cfg.text_dim:
             raise UserError(f"{cfg.text_encoder} gives {hidden}-dim latents, not {cfg.text_dim}: pass --text_dim={hidden}")
 
@@ -729,7 +737,7 @@ class Dino:
         from transformers import AutoConfig, AutoModel
 
         if weights == "pretrained":
-            model = load_pretrained(AutoModel, model_id, dtype=dtype)
+            model = load_pretrained(AutoModel, model_id, dtype=dtype, output_loading_info=True)
         else:
             if Path(model_id).is_dir():
                 config = load_pretrained(AutoConfig, model_id)
@@ -1235,6 +1243,46 @@ class Log:
                 file.write(json.dumps({"step": step, **values}) + "\n")
 
 
+class Meter:
+    """Means of a log window, summed on the device; skipped steps are counted and left out of them."""
+
+    def __init__(self, names: list[str], device: torch.device):
+        self.names, self.device = names, device
+        self.skips_in_a_row = torch.zeros((), device=device)
+        self.reset()
+
+    def reset(self) -> None:
+        self.sums = torch.zeros(len(self.names) + 3, device=self.device)  # `names`, skipped, most in a row, stop asked
+        self.steps, self.start = 0, time.perf_counter()
+
+    def add(self, values: Tensor, ok: Tensor) -> None:
+        """One step's values [len(names)]; ok is 0 where the step was skipped."""
+        self.skips_in_a_row = (self.skips_in_a_row + 1) * (1 - ok)
+        self.sums[:-3] += torch.where(ok > 0, values, 0.0)
+        self.sums[-3] += 1 - ok
+        self.sums[-2] = torch.maximum(self.sums[-2], self.skips_in_a_row)
+        self.steps += 1
+
+    def close(self, stop: bool) -> Callable[[], tuple[dict[str, float], int, int, bool, float]]:
+        """Average over ranks and start anew. Returns a function that waits for the numbers if they have not arrived yet:
+        means by name, steps skipped, most skips in a row, whether any rank wants to stop, steps a second."""
+        self.sums[-1] = float(stop)
+        dist.all_reduce(self.sums)
+        host = torch.empty(self.sums.shape, pin_memory=self.device.type == "cuda").copy_(self.sums, non_blocking=True)
+        arrived = torch.cuda.current_stream().record_event() if self.device.type == "cuda" else None
+        names, steps, rate = self.names, self.steps, self.steps / (time.perf_counter() - self.start)
+        self.reset()
+
+        def read() -> tuple[dict[str, float], int, int, bool, float]:
+            if arrived is not None:
+                arrived.synchronize()
+            *sums, skipped, in_a_row, stops = (host / dist.get_world_size()).tolist()
+            means = {name: total / max(1, steps - round(skipped)) for name, total in zip(names, sums)}
+            return means, round(skipped), round(in_a_row), stops > 0, rate
+
+        return read
+
+
 def write_header(log: Log, cfg: Config, frozen: Frozen, model: PRX, data: dict, device: torch.device, start: int) -> None:
     """What proves a run: source, config, versions, hardware and data; the console gets the part that people read."""
     import datasets
@@ -1339,9 +1387,9 @@ def train(cfg: Config, resume: str, device: torch.device, mesh: DeviceMesh) -> N
     logging.getLogger("torch.distributed.checkpoint").setLevel(logging.ERROR)
 
     # Set up: data first, since what is missing there is cheapest to find
-    spans = stage_spans(cfg)
-    sets = Chunks(cfg, cfg.stages[0], 0).sets
-    data = {s.folder: hashlib.sha256((Path(s.folder) / "manifest.json").read_bytes()).hexdigest() for s in sets}
+    stages = [(stage, first_step, Chunks(cfg, stage, first_row)) for stage, first_step, first_row in stage_spans(cfg)]
+    folders = [s.folder for s in stages[0][2].sets]
+    data = {folder: hashlib.sha256((Path(folder) / "manifest.json").read_bytes()).hexdigest() for folder in folders}
     run, checkpoint, lock = open_run(cfg, resume)
     for turn in (0, 1):  # rank 0 first: what is downloaded is downloaded once
         if (rank == 0) == (turn == 0):
@@ -1364,57 +1412,47 @@ def train(cfg: Config, resume: str, device: torch.device, mesh: DeviceMesh) -> N
         raise UserError(f"checkpoint {checkpoint} is at step {step}, and the run ends at {end}: raise --max_steps or --stages")
     log = Log(run, step)
     write_header(log, cfg, frozen, model, data, device, step)
-    if not any(len(s.held_out) for s in sets):
-        log.write("no held-out loss: the data is too small to have held-out rows")
-
-    stop_asked = []
+    signals = []  # SIGTERM and SIGUSR1, which clusters send before they take a machine away: save, then stop
     for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, lambda number, frame: stop_asked.append(number))
-    skips_in_a_row = torch.zeros((), device=device)
-    clock = time.perf_counter() - float(progress["seconds"])  # training time, evaluation and samples taken out
+        signal.signal(number, lambda number, frame: signals.append(number))
+    started = time.perf_counter() - float(progress["seconds"])  # moved on by evaluation, samples and checkpoints
     stop = False
 
-    def report(step: int, stage: Stage, names: list[str], steps: int, sums: Tensor, seconds: float, rate: float) -> None:
-        """Print and log one window; acts on what all ranks agreed on."""
-        nonlocal stop
-        *values, skipped, worst, stops = (sums.cpu() / world).tolist()
-        progress["skipped"] += round(skipped)
-        mean = dict(zip(names, (value / max(1, steps - round(skipped)) for value in values)))
-        factor = lr_factor(cfg, step - 1)
-        left = (end - step) / max(rate, 1e-9)
-        dollars = seconds / 3600 * world * cfg.price
-        cost = f"  {seconds / 3600:.2f} h, ${dollars:,.2f}" if device.type == "cuda" else ""
+    def report(step: int, stage: Stage, seconds: float, read: Callable) -> bool:
+        """Log a window; returns whether the run should stop, the same on every rank."""
+        means, skipped, in_a_row, stop, rate = read()
+        progress["skipped"] += skipped
+        terms = "  ".join(f"{name} {mean:.4f}" for name, mean in means.items())
+        left = datetime.timedelta(seconds=round((end - step) / rate))
+        cost = f"  {seconds / 3600:.2f} h ${seconds / 3600 * world * cfg.price:,.2f}" if device.type == "cuda" else ""
         skips = f"  skipped {int(progress['skipped'])}" if progress["skipped"] else ""
-        terms = "  ".join(f"{name} {mean[name]:.4f}" for name in names)
-        log.write(f"step {step}/{end}  {terms}  {rate * stage.global_batch:.0f} images/s  "
-                  f"{datetime.timedelta(seconds=round(left))} left{cost}{skips}")
-        log.metrics(step, **mean, lr=cfg.lr * factor, images_per_second=rate * stage.global_batch, seconds=seconds,
-                    skipped=int(progress["skipped"]))
-        if worst >= SKIPS_IN_A_ROW:
-            saved = sorted(run.glob("checkpoints/step_*"))
-            raise UserError(f"{SKIPS_IN_A_ROW} steps in a row had non-finite gradients; stopped at step {step}. "
-                            f"Last good checkpoint: {saved[-1] if saved else 'none'}")
-        stop = stops > 0
+        log.write(f"step {step}/{end}  {terms}  {rate * stage.global_batch:.0f} images/s  {left} left{cost}{skips}")
+        log.metrics(step, **means, lr=cfg.lr * lr_factor(cfg, step - 1), images_per_second=rate * stage.global_batch,
+                    seconds=seconds, skipped=int(progress["skipped"]))
+        if in_a_row >= SKIPS_IN_A_ROW:
+            last = max(run.glob("checkpoints/step_*"), default="none")
+            raise UserError(f"{in_a_row} steps in a row had non-finite gradients, at step {step}; last good checkpoint: {last}")
+        return stop
 
     # Train
-    for stage, first_step, first_row in spans:
+    for stage, first_step, chunks in stages:
         stage_end = min(first_step + stage.steps, end)
         if step >= stage_end or stop:
             continue
-        chunks = Chunks(cfg, stage, first_row)
         for s in chunks.sets:
             if s.stored_size != stage.image_size:
                 log.write(f"{s.folder} has no {stage.image_size}px: {s.stored_size}px is scaled down")
+            if len(s.held_out) == 0:
+                log.write(f"{s.folder} is too small to have held-out rows: it has no part in the held-out loss")
         per_step = stage.global_batch // cfg.micro_batch
         mine = per_step // world  # chunks of a step that this rank runs
-        order = [s * per_step + rank * mine + k for s in range(step - first_step, stage_end - first_step) for k in range(mine)]
-        raw_chunks = load_chunks(chunks, order, device)
-        names = ["loss", *term_names(cfg, frozen, stage), "grad_norm"]
-        window = torch.zeros(len(names) + 3, device=device)  # sums of `names`, then skipped, worst, stops
-        window_steps, window_start, pending = 0, time.perf_counter(), []
+        raw_chunks = load_chunks(chunks, [s * per_step + rank * mine + k
+                                          for s in range(step - first_step, stage_end - first_step) for k in range(mine)], device)
+        meter = Meter(["loss", *term_names(cfg, frozen, stage), "grad_norm"], device)
+        windows = []  # closed, not yet reported
 
         while step < stage_end and not stop:
-            sums = torch.zeros(len(names) - 1, device=device)
+            sums = torch.zeros(len(meter.names) - 1, device=device)
             for k in range(mine):
                 batch = make_batch(next(raw_chunks), encode_text, device)
                 model.set_requires_gradient_sync(k == mine - 1)
@@ -1424,58 +1462,48 @@ def train(cfg: Config, resume: str, device: torch.device, mesh: DeviceMesh) -> N
                 (loss / mine).backward()
                 sums += torch.stack([loss.detach(), *terms.values()]) / mine
             norm, ok = clip_gradients(model, cfg.grad_clip)
-            factor = lr_factor(cfg, step)
             for group in optimizer.param_groups:
-                group["lr"] = factor * (cfg.lr if group["use_muon"] else cfg.adam_lr)
+                group["lr"] = lr_factor(cfg, step) * (cfg.lr if group["use_muon"] else cfg.adam_lr)
             optimizer.step(ok)
             optimizer.zero_grad()
             if step % cfg.ema_every == 0:
                 ema.update(cfg.ema)
+            meter.add(torch.cat([sums, norm[None]]), ok)
             step += 1
 
-            # Statistics stay on the device; a window is read after it has long arrived, at the end of the next one
-            skips_in_a_row = (skips_in_a_row + 1) * (1 - ok)
-            window[: len(names)] += torch.where(ok > 0, torch.cat([sums, norm[None]]), 0.0)
-            window[-3] += 1 - ok
-            window[-2] = torch.maximum(window[-2], skips_in_a_row)
-            window_steps += 1
-            due = [every and step % every == 0 or step == stage_end
-                   for every in (cfg.eval_every, cfg.sample_every, cfg.save_every)]
-            if step % cfg.log_every == 0 or any(due):
-                window[-1] = len(stop_asked)
-                dist.all_reduce(window)
-                now = time.perf_counter()
-                pending.append((step, stage, names, window_steps, window.to("cpu", non_blocking=True), now - clock,
-                                window_steps / (now - window_start)))
-                window, window_steps, window_start = torch.zeros_like(window), 0, now
-                if device.type == "cuda" and (any(due) or len(pending) > 1):
-                    torch.cuda.current_stream().synchronize() if any(due) else None
-                while len(pending) > (1 if device.type == "cuda" and not any(due) else 0):
-                    report(*pending.pop(0))
-            if any(due) or stop:
+            eval_due, sample_due, save_due = (every and step % every == 0 or step == stage_end
+                                              for every in (cfg.eval_every, cfg.sample_every, cfg.save_every))
+            pause = eval_due or sample_due or save_due
+            if pause or step % cfg.log_every == 0:
+                windows.append((step, stage, time.perf_counter() - started, meter.close(bool(signals))))
+                # A GPU's window is read at the end of the next, when it has long arrived: the step never waits
+                while len(windows) > (1 if device.type == "cuda" and not pause else 0):
+                    stop = report(*windows.pop(0))
+            if pause or stop:
                 paused = time.perf_counter()
                 progress["step"].fill_(step)
-                progress["seconds"].fill_(paused - clock)
+                progress["seconds"].fill_(paused - started)
                 with ema.applied(), torch.compiler.set_stance("force_eager"):
-                    loss = held_out_loss(model, chunks.sets, encode_text, cfg, device) if due[0] else None
-                    if loss is not None:
-                        log.write(f"step {step}/{end}  held-out loss {loss:.4f}")
-                        log.metrics(step, held_out=loss, seconds=float(progress["seconds"]))
-                    if due[1]:
-                        prompts = [p for s in chunks.sets for p in s.manifest["prompts"]][:16]
+                    if eval_due:
+                        loss = held_out_loss(model, chunks.sets, encode_text, cfg, device)
+                        if loss is not None:
+                            log.write(f"step {step}/{end}  held-out loss {loss:.4f}")
+                            log.metrics(step, held_out=loss, seconds=paused - started)
+                    if sample_due:
+                        prompts = [prompt for s in chunks.sets for prompt in s.manifest["prompts"]][:16]
                         sheet = sample_grid(model, prompts, encode_text, cfg, stage.image_size)
                         if rank == 0:
                             sheet.save(run / "samples" / f"step_{step:06d}.png")
-                if due[2] or stop:
+                if save_due or stop:
                     save_checkpoint(run / "checkpoints", checkpoint_state(model, ema, optimizer, progress), cfg, step)
                     write_ema(run / "ema.safetensors", ema, cfg, step, data)
-                clock += time.perf_counter() - paused
-                window_start = time.perf_counter()
+                started += time.perf_counter() - paused
+                meter.reset()
 
     # Finish
     if stop:
-        log.write(f"stopped by a signal at step {step}; the same command continues")
-        raise SystemExit(128 + stop_asked[0] if stop_asked else 1)
+        log.write(f"stopped by a signal at step {step} of {end}; the same command continues")
+        raise SystemExit(128 + signal.SIGTERM)
     log.write(f"finished at step {step}: {run}/ema.safetensors, samples in {run}/samples")
 
 
