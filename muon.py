@@ -197,7 +197,7 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_add_(momenta, grads, alpha=1 - group["momentum"])
         updates = torch._foreach_lerp(grads, momenta, group["momentum"]) if group["nesterov"] else momenta
 
-        if isinstance(params[0], DTensor):
+        if isinstance(params[0], DTensor) and params[0].device_mesh.size() > 1:
             key = tuple(id(p) for p in params)
             if key not in self._owners:
                 self._owners[key] = Owners(params)

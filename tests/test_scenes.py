@@ -151,8 +151,9 @@ def test_captions_of_other_pictures_score_chance(truth):
     images, pictured = truth
     scores = score_scenes(np.roll(images, 1, axis=0), pictured)
     chance = 2.5 / 4 / len(COLOURS)  # something is there, and it happens to have the colour: 0.078
-    assert scores["objects"] == pytest.approx(chance, abs=0.02)     # measured: 0.078
-    assert scores["exact"] < 1.5 * chance / 4 and scores["scenes"] < 0.01  # measured: 0.018 and 0
+    assert scores["objects"] == pytest.approx(chance, abs=0.02)  # measured: 0.084
+    # a held-out colour has one shape, so half of them, by size, are exact too; measured: 0.045 and 0.001
+    assert scores["exact"] == pytest.approx(chance / 2, abs=0.02) and scores["scenes"] < 0.01
 
 
 def test_pictures_without_objects_score_zero(truth):

@@ -1,0 +1,231 @@
+"""What the end-to-end tests share: a small data set, and commands run as a user runs them, in processes of their own.
+
+Importing torch, datasets and transformers takes longer than a tiny run. So `start` forks each command from one process
+that has them imported already, and runs the script there as `python SCRIPT` would. Where torchrun or a bare `python` is
+the claim, tests start that instead.
+"""
+import functools
+import json
+import multiprocessing
+import multiprocessing.forkserver
+import os
+import runpy
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+ENV = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200"}
+PRELOADED = ["pytest", "torch", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.checkpoint", "torchvision",
+             "datasets", "transformers", "safetensors.torch", "PIL.Image", "tqdm"]
+PATIENCE = 120  # seconds for any one command
+
+# A model and a schedule small enough for 20 steps a second; `data` is added by the fixture `tiny`. 4 chunks a step.
+TINY = ["--preset=demo", "--stages=32:20:16:1", "--micro_batch=4", "--width=32", "--depth=4", "--heads=2", "--bottleneck=16",
+        "--patch=8", "--route_start=1", "--route_end=3", "--repa_depth=2", "--text_dim=32", "--compile=0", "--log_every=1",
+        "--repa_dim=16", "--sample_steps=2", "--eval_every=0", "--sample_every=0", "--save_every=0"]
+
+
+class Result(NamedTuple):
+    """What a command left behind: its exit status (minus the signal where one ended it) and what it printed."""
+    status: int
+    stdout: str
+    stderr: str
+
+    def error(self) -> str:
+        """The one line that a user's mistake is answered with; fails where there is anything else."""
+        assert self.status == 2, self
+        assert "Traceback" not in self.stdout + self.stderr, self
+        lines = self.stderr.strip().splitlines()
+        assert len(lines) == 1 and lines[0].startswith("error: "), self
+        return lines[0]
+
+
+def as_script(script: str, flags: list[str], cwd: str, env: dict[str, str], out: str, err: str) -> None:
+    """Body of a forked process: become `python script flags` in `cwd`."""
+    for number, path in ((1, out), (2, err)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    os.chdir(cwd)
+    os.environ.update(env)
+    sys.argv = [script, *flags]
+    sys.path.insert(0, str(Path(script).parent))
+    runpy.run_path(script, run_name="__main__")
+
+
+@functools.cache
+def fork_context():
+    """Start the process that commands are forked from; it sees no GPU and no hub, and computes with one thread."""
+    before = {name: os.environ.get(name) for name in ENV}
+    os.environ.update(ENV)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    multiprocessing.forkserver.ensure_running()
+    for name, value in before.items():
+        os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
+    return context
+
+
+class Running:
+    """A command under way on one or more ranks."""
+
+    def __init__(self, cwd: Path, script: str | Path, flags: list[str], ranks: int, env: dict[str, str]):
+        script = str(ROOT / script)  # ROOT is left out where `script` is an absolute path
+        n = sum(1 for _ in cwd.glob(".out-*"))
+        self.out, self.err = cwd / f".out-{n}", cwd / f".err-{n}"
+        self.out.touch()
+        self.err.touch()
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.processes = []
+        for rank in range(ranks):
+            ranked = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks,
+                      "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} if ranks > 1 else {}
+            process = fork_context().Process(target=as_script, args=(
+                script, list(flags), str(cwd), {k: str(v) for k, v in {**ranked, **env}.items()}, str(self.out), str(self.err)))
+            process.start()
+            self.processes.append(process)
+
+    def wait(self) -> Result:
+        deadline = time.monotonic() + PATIENCE
+        for process in self.processes:
+            process.join(max(0, deadline - time.monotonic()))
+        late = [process for process in self.processes if process.is_alive()]
+        self.kill(signal.SIGKILL)
+        stdout, stderr = self.out.read_text(), self.err.read_text()
+        assert not late, f"not done after {PATIENCE} s; {stdout[-2000:]}\n{stderr[-2000:]}"
+        return Result(next((p.exitcode for p in self.processes if p.exitcode), 0), stdout, stderr)
+
+    def kill(self, number: int) -> None:
+        """Send a signal to every rank that still runs."""
+        for process in self.processes:
+            if process.is_alive():
+                os.kill(process.pid, number)
+        if number == signal.SIGKILL:
+            for process in self.processes:
+                process.join()
+
+    def wait_for_step(self, folder: Path, step: int) -> None:
+        """Return as soon as the run in `folder` has logged `step`."""
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            file = folder / "metrics.jsonl"
+            lines = file.read_text().splitlines() if file.exists() else []
+            if any(line.startswith(f'{{"step": {step},') for line in lines):
+                return
+            assert any(process.is_alive() for process in self.processes), self.wait()
+            assert time.monotonic() < deadline, f"no step {step} after {PATIENCE} s"
+            time.sleep(0.005)
+
+
+def start(cwd: Path, script: str | Path, *flags: str, ranks: int = 1, env: dict[str, str] | None = None) -> Running:
+    """Start a script of the project, or any by absolute path, in `cwd`."""
+    return Running(Path(cwd), script, list(flags), ranks, env or {})
+
+
+def run(cwd: Path, script: str | Path, *flags: str, ranks: int = 1, env: dict[str, str] | None = None) -> Result:
+    """Run a script to its end."""
+    return start(cwd, script, *flags, ranks=ranks, env=env).wait()
+
+
+def train(cwd: Path, *flags: str, ranks: int = 1) -> Path:
+    """Run train_prx.py, which must succeed; returns the run's folder."""
+    result = run(cwd, "train_prx.py", *flags, ranks=ranks)
+    assert result.status == 0, result
+    name = [flag for flag in flags if flag.startswith("--name=")]
+    return cwd / "runs" / (name[-1].removeprefix("--name=") if name else "demo")
+
+
+def metrics(folder: Path) -> list[dict]:
+    """The lines of metrics.jsonl."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def curve(folder: Path, name: str = "loss") -> dict[int, float]:
+    """Step -> value, of the training lines of metrics.jsonl; each step is there once."""
+    pairs = [(line["step"], line[name]) for line in metrics(folder) if "loss" in line]
+    assert len(pairs) == len(dict(pairs)), "a step is logged twice"
+    return dict(pairs)
+
+
+def last_checkpoint(folder: Path) -> Path:
+    """The newest complete checkpoint of a run."""
+    return sorted((folder / "checkpoints").glob("step_*"))[-1]
+
+
+def checkpoint_tensors(folder: Path) -> dict:
+    """Every tensor of a checkpoint, whole, by name ("model.txt_in.weight"); how long the run took is left out."""
+    import torch
+    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+    whole = folder.parent / f".whole-{folder.name}.pt"
+    dcp_to_torch_save(folder, whole)
+    tensors = torch.load(whole)
+    whole.unlink()
+    flat = {}
+
+    def walk(prefix: str, value) -> None:
+        if isinstance(value, dict):
+            for name, inner in value.items():
+                walk(f"{prefix}.{name}" if prefix else name, inner)
+        else:
+            flat[prefix] = value
+
+    walk("", tensors)
+    del flat["progress.seconds"]
+    return flat
+
+
+def different(a: dict, b: dict) -> list[str]:
+    """Names of tensors that are not the same bits in both."""
+    assert a.keys() == b.keys()
+    return [name for name in a if a[name].dtype != b[name].dtype or a[name].shape != b[name].shape
+            or a[name].numpy().tobytes() != b[name].numpy().tobytes()]
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> Path:
+    """300 scenes at 32 and 64 px; three or so of them are held out."""
+    folder = tmp_path_factory.mktemp("data")
+    assert run(folder, "scenes.py", "make", "--out=scenes", "--rows=300", "--size=32,64").status == 0
+    return folder / "scenes"
+
+
+@pytest.fixture(scope="session")
+def tiny(data) -> list[str]:
+    """Flags of a run of 20 steps that takes about two seconds."""
+    return [*TINY, f"--data={data}"]
+
+
+@pytest.fixture(scope="session")
+def networks(tmp_path_factory) -> Path:
+    """Tiny networks of the real classes, with weights: t5gemma/ with a tokenizer, dinov3/, dinov2/."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import (Dinov2WithRegistersConfig, Dinov2WithRegistersModel, DINOv3ViTConfig, DINOv3ViTModel,
+                              PreTrainedTokenizerFast, T5GemmaConfig, T5GemmaForConditionalGeneration, T5GemmaModuleConfig)
+
+    folder = tmp_path_factory.mktemp("networks")
+    words = "<pad> <eos> <bos> <unk> a in the on background top bottom left right large small red blue circle square".split()
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>",
+                            unk_token="<unk>").save_pretrained(folder / "t5gemma")
+    torch.manual_seed(0)
+    shape = dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=2)
+    gemma = dict(vocab_size=len(words), intermediate_size=48, num_key_value_heads=1, head_dim=12, **shape)
+    T5GemmaForConditionalGeneration(T5GemmaConfig(
+        encoder=T5GemmaModuleConfig(**gemma), decoder=T5GemmaModuleConfig(**gemma, is_decoder=True),
+        vocab_size=len(words))).save_pretrained(folder / "t5gemma")
+    DINOv3ViTModel(DINOv3ViTConfig(**shape, intermediate_size=48, num_register_tokens=4, patch_size=16,
+                                   image_size=64)).save_pretrained(folder / "dinov3")
+    Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**shape, patch_size=14, image_size=56)).save_pretrained(folder / "dinov2")
+    return folder
