@@ -184,11 +184,11 @@ PRESETS = {
     ),
     # Two CPU cores, under five minutes. Where it leaves the recipe, and why, is in the README.
     "demo": Config(
-        name="demo", data="data/demo", frozen="none", stages=(Stage(32, 1_500, 32, True),), micro_batch=32, workers=0,
+        name="demo", data="data/demo", frozen="none", stages=(Stage(32, 1_200, 32, True),), micro_batch=32, workers=0,
         patch=4, bottleneck=48, width=128, depth=6, heads=4, route_start=1, route_end=5, repa_depth=3,
         text_encoder="builtin", text_dim=256, text_tokens=24,
         lr=1e-2, adam_lr=4e-3, lr_decay="linear", t_power=1.0, warmup=50, ema=0.9, grad_clip=1.0,
-        guidance="cfg", scale=2.0, sample_steps=20, eval_every=500, sample_every=500, save_every=500,
+        guidance="cfg", scale=2.0, sample_steps=20, eval_every=400, sample_every=400, save_every=400,
     ),
 }
 
@@ -988,6 +988,11 @@ def make_batch(raw: dict, encode_text: TextEncoder, device: torch.device) -> dic
 # Sharding, averaged weights, checkpoints
 
 
+def compiles(cfg: Config, device: torch.device) -> bool:
+    """Whether blocks are compiled: on CPU that takes a C++ compiler, which not every machine has."""
+    return cfg.compile and (device.type == "cuda" or shutil.which(os.environ.get("CXX", "g++")) is not None)
+
+
 def build_model(cfg: Config, mesh: DeviceMesh, device: torch.device) -> PRX:
     """PRX with initial weights, sharded over the mesh: parameters stay gathered between forward and backward."""
     with torch.device("meta"):
@@ -996,7 +1001,7 @@ def build_model(cfg: Config, mesh: DeviceMesh, device: torch.device) -> PRX:
                                   reduce_dtype=torch.float32, cast_forward_inputs=False)  # t stays fp32
     units = [*model.blocks, *([model.repa_projector] if model.repa_projector is not None else []), model]
     for unit in units:
-        if cfg.compile and isinstance(unit, Block):
+        if compiles(cfg, device) and isinstance(unit, Block):
             unit.compile(dynamic=False)  # in place: no `_orig_mod` in any name
         fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     model.to_empty(device=device)
@@ -1045,13 +1050,14 @@ def checkpoint_state(model: nn.Module, ema: EMA, optimizer: Muon, progress: dict
             "optimizer": {name: optimizer.state[p] for name, p in parameters.items()}, "progress": progress}
 
 
-def save_checkpoint(folder: Path, state: dict, cfg: Config, step: int) -> None:
+def save_checkpoint(folder: Path, state: dict, cfg: Config, step: int, data: dict) -> None:
     """Write `folder`/step_XXXXXX beside its place and rename it, so that only complete checkpoints have the name."""
     final, aside = folder / f"step_{step:06d}", folder / f".step_{step:06d}.partial"
     if dist.get_rank() == 0:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-        (aside / "run.json").write_text(json.dumps({"config": config_to_json(cfg), "source": SOURCE_HASH, "step": step}))
+        identity = {"config": config_to_json(cfg), "source": SOURCE_HASH, "data": data, "step": step}
+        (aside / "run.json").write_text(json.dumps(identity))
     dist.barrier()
     dcp.save(state, checkpoint_id=aside)
     dist.barrier()
@@ -1096,7 +1102,7 @@ def write_ema(path: Path, ema: EMA, cfg: Config, step: int, data: dict) -> None:
     dist.barrier()
 
 
-def find_resume(cfg: Config, resume: str, run: Path) -> Path | None:
+def find_resume(cfg: Config, resume: str, run: Path, data: dict) -> Path | None:
     """The checkpoint folder to continue from, or None to start; raises UserError where either would lose something."""
     def checkpoints(folder: Path) -> list[Path]:
         return sorted(folder.glob("checkpoints/step_*"))
@@ -1119,6 +1125,8 @@ def find_resume(cfg: Config, resume: str, run: Path) -> Path | None:
     changed = [k for k in now if k not in NOT_IDENTITY and saved["config"].get(k) != now[k]]
     if changed:
         raise UserError(f"{run} has another {', '.join(changed)}: {options}")
+    if saved["data"] != data:
+        raise UserError(f"{run} was trained on other data: the manifest of {cfg.data} has changed; {options}")
     if saved["step"] >= last_step(cfg):
         raise UserError(f"{run} is finished at step {saved['step']}: {options}")
     return last
@@ -1307,6 +1315,8 @@ def write_header(log: Log, cfg: Config, frozen: Frozen, model: PRX, data: dict, 
         off = f"; off: {', '.join(name for name in weights if name not in on)}" if len(on) < len(weights) else ""
         log.write(f"stage {i + 1}: {stage.image_size}px, {stage.steps:,} steps of {stage.global_batch} images; "
                   f"loss {' + '.join(f'{weights[name]:g} {name}' for name in on)}{off}")
+    if cfg.compile and not compiles(cfg, device):
+        log.write("blocks run uncompiled, and slower: there is no C++ compiler (g++, or the one that CXX names)")
     if cfg.frozen == "random":
         log.write("WARNING --frozen=random: lpips, pdino and repa come from random weights and mean nothing")
     if start:
@@ -1357,10 +1367,10 @@ def set_up_ranks(cfg: Config) -> tuple[torch.device, DeviceMesh]:
     return device, mesh
 
 
-def open_run(cfg: Config, resume: str) -> tuple[Path, Path | None, object]:
+def open_run(cfg: Config, resume: str, data: dict) -> tuple[Path, Path | None, object]:
     """The run's folder, the checkpoint to continue from, and the lock that keeps a second process out."""
     run = Path("runs") / cfg.name
-    checkpoint = find_resume(cfg, resume, run)
+    checkpoint = find_resume(cfg, resume, run, data)
     lock = None
     if dist.get_rank() == 0:
         if resume == "never" and run.exists():
@@ -1390,7 +1400,7 @@ def train(cfg: Config, resume: str, device: torch.device, mesh: DeviceMesh) -> N
     stages = [(stage, first_step, Chunks(cfg, stage, first_row)) for stage, first_step, first_row in stage_spans(cfg)]
     folders = [s.folder for s in stages[0][2].sets]
     data = {folder: hashlib.sha256((Path(folder) / "manifest.json").read_bytes()).hexdigest() for folder in folders}
-    run, checkpoint, lock = open_run(cfg, resume)
+    run, checkpoint, lock = open_run(cfg, resume, data)
     for turn in (0, 1):  # rank 0 first: what is downloaded is downloaded once
         if (rank == 0) == (turn == 0):
             encode_text = load_text_encoder(cfg, device)
@@ -1495,7 +1505,7 @@ def train(cfg: Config, resume: str, device: torch.device, mesh: DeviceMesh) -> N
                         if rank == 0:
                             sheet.save(run / "samples" / f"step_{step:06d}.png")
                 if save_due or stop:
-                    save_checkpoint(run / "checkpoints", checkpoint_state(model, ema, optimizer, progress), cfg, step)
+                    save_checkpoint(run / "checkpoints", checkpoint_state(model, ema, optimizer, progress), cfg, step, data)
                     write_ema(run / "ema.safetensors", ema, cfg, step, data)
                 started += time.perf_counter() - paused
                 meter.reset()
@@ -1511,7 +1521,12 @@ def main(argv: list[str]) -> None:
     """The command line's run: set up, train, and take the ranks down in the order that gloo survives."""
     cfg, resume = parse_config(argv)
     device, mesh = set_up_ranks(cfg)
-    train(cfg, resume, device, mesh)
+    try:
+        train(cfg, resume, device, mesh)
+    except torch.OutOfMemoryError:
+        sizes = ", ".join(f"{stage.image_size}px" for stage in cfg.stages)
+        raise UserError(f"out of GPU memory with chunks of {cfg.micro_batch} images at {sizes}: lower --micro_batch, which "
+                        "keeps the global batch, or the image size in --stages") from None
     gc.collect()  # model and gradients first: gloo processes otherwise sometimes abort after success
     dist.barrier()
     dist.destroy_process_group()
