@@ -54,7 +54,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -102,7 +102,7 @@ class Config:
     data: str = "data/flux_generated,data/flux_reason,data/midjourney"  # comma list of path[:weight]; default weight: its rows
     frozen: str = "pretrained"  # networks behind REPA, P-DINO and LPIPS: pretrained, scene, random (timing only) or none
     seed: int = 0  # decides the initial weights, the order of rows and every random number
-    stages: tuple[Stage, ...] = (Stage(512, 100_000, 1024, True), Stage(1024, 20_000, 512, False))  # comma list of image_size:steps:global_batch:repa(0 or 1)
+    stages: tuple[Stage, ...] = (Stage(512, 100_000, 1024, True), Stage(1024, 20_000, 512, False))  # size:steps:batch:repa,...
     micro_batch: int = 16  # rows of a chunk: what one GPU holds at a time; part of the run's identity
     max_steps: int = 0  # stop after this many steps without bending the schedule; 0: run all stages
     device: str = "auto"  # cpu, cuda, or auto: cuda where there is one
@@ -274,7 +274,9 @@ def parse_config(argv: list[str]) -> tuple[Config, str]:
                         "never: start over, the old folder is renamed; or the path of a run or checkpoint")
     comments = dict(re.findall(r"^    (\w+): [^#\n]+  # (.+)$", inspect.getsource(Config), re.MULTILINE))
     for f in dataclasses.fields(Config):
-        shown = ",".join(":".join(str(int(x)) for x in dataclasses.astuple(s)) for s in f.default) if f.name == "stages" else f.default
+        shown = f.default
+        if f.name == "stages":
+            shown = ",".join(":".join(str(int(x)) for x in dataclasses.astuple(stage)) for stage in f.default)
         parser.add_argument(f"--{f.name}", type=functools.partial(parse_value, f.name, f.type), choices=CHOICES.get(f.name),
                             default=argparse.SUPPRESS, metavar=f.name.upper() if f.name not in CHOICES else None,
                             help=f"{comments[f.name].replace('%', '%%')} (default: {shown})")
@@ -296,15 +298,18 @@ def check_config(cfg: Config) -> None:
                  "log_every", "keep", "sample_steps", "ns_steps"):
         need(getattr(cfg, name) > 0, f"--{name}={getattr(cfg, name)} must be at least 1")
     need(cfg.width % cfg.heads == 0, f"--width={cfg.width} is not divisible by --heads={cfg.heads}")
-    need(cfg.width // cfg.heads % 4 == 0, f"--width / --heads = {cfg.width // cfg.heads} must be a multiple of 4 for 2-D rotary pairs")
+    head_dim = cfg.width // cfg.heads
+    need(head_dim % 4 == 0, f"--width / --heads = {head_dim} must be a multiple of 4, for 2-D rotary pairs")
     need(0 <= cfg.drop < 1, f"--drop={cfg.drop} must be in [0, 1)")
     need(0 <= cfg.caption_dropout <= 1, f"--caption_dropout={cfg.caption_dropout} must be in [0, 1]")
-    need(cfg.drop == 0 or len(cfg.route) > 0, f"--route_start={cfg.route_start} and --route_end={cfg.route_end} route no block of {cfg.depth}; --drop=0 turns routing off")
+    need(cfg.drop == 0 or len(cfg.route) > 0, f"--route_start={cfg.route_start} and --route_end={cfg.route_end} route no "
+         f"block of {cfg.depth}; --drop=0 turns routing off")
     need(1 <= cfg.repa_depth <= cfg.depth, f"--repa_depth={cfg.repa_depth} must be between 1 and --depth={cfg.depth}")
     for stage in cfg.stages:
         need(min(stage.image_size, stage.steps, stage.global_batch) > 0, f"--stages: {stage} has a value below 1")
         need(stage.image_size % cfg.patch == 0, f"image size {stage.image_size} is not divisible by --patch={cfg.patch}")
-        need(stage.global_batch % cfg.micro_batch == 0, f"global batch {stage.global_batch} is not divisible by --micro_batch={cfg.micro_batch}")
+        need(stage.global_batch % cfg.micro_batch == 0,
+             f"global batch {stage.global_batch} is not divisible by --micro_batch={cfg.micro_batch}")
     need(cfg.frozen != "scene", "--frozen=scene: the scene teacher is not built yet; use --frozen=none, random or pretrained")
     need(cfg.device != "cuda" or torch.cuda.is_available(), "--device=cuda: no GPU is visible; use --device=cpu or auto")
 
@@ -381,7 +386,7 @@ def generate(model, txt: Tensor, txt_mask: Tensor | None, *, null_txt: Tensor, n
     H, W = size
     B, device, patch = len(txt), txt.device, model.cfg.patch
     if H % patch or W % patch or len(seeds) != B:
-        raise ValueError(f"size {size} must be a multiple of the patch {patch}, and {len(seeds)} seeds must match {B} prompts")
+        raise ValueError(f"size {size} must be a multiple of the patch {patch}, {len(seeds)} seeds as many as {B} prompts")
     N = (H // patch) * (W // patch)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     noise = torch.stack([torch.randn(3, H, W, generator=g) for g in generators])  # [B, 3, H, W]
@@ -409,7 +414,7 @@ def generate(model, txt: Tensor, txt_mask: Tensor | None, *, null_txt: Tensor, n
 
 @functools.lru_cache(maxsize=16)
 def rotary_table(rows: int, cols: int, head_dim: int, theta: float, device: torch.device) -> Tensor:
-    """cos and sin of the 2-D rotary angles, [1, N, d / 2, 2] fp32: the first d / 4 pairs turn with the row, the rest with the column."""
+    """cos and sin of the 2-D rotary angles, [1, N, d / 2, 2] fp32: d / 4 pairs turn with the row, d / 4 with the column."""
     pairs = head_dim // 4  # pairs an axis
     frequency = theta ** (-torch.arange(pairs, dtype=torch.float64) / pairs)  # [d / 4]
     row, col = torch.meshgrid(torch.arange(rows), torch.arange(cols), indexing="ij")
@@ -516,7 +521,7 @@ class TimeEmbedding(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         frequency = torch.exp(-math.log(1e4) * torch.arange(128, device=t.device, dtype=torch.float32) / 128)
-        angle = 1000 * t.float()[:, None] * frequency  # [B, 128]
+        angle = 1000 * (t.float()[:, None] * frequency)  # [B, 128]; in diffusers' order, which rounds alike
         waves = torch.cat([angle.cos(), angle.sin()], dim=-1).to(self.in_layer.weight.dtype)  # [B, 256]
         return self.out_layer(F.silu(self.in_layer(waves)))
 
@@ -744,7 +749,8 @@ class Dino:
             elif model_id in self.SHAPES:
                 config = AutoConfig.for_model(self.SHAPES[model_id][0], **self.SHAPES[model_id][1])
             else:
-                raise UserError(f"--frozen=random knows the shapes of {', '.join(self.SHAPES)} and of local folders, not of {model_id}")
+                raise UserError(f"--frozen=random knows the shapes of {', '.join(self.SHAPES)} and of local folders, "
+                                f"not of {model_id}")
             with torch.random.fork_rng(devices=[]):  # the same random network on every rank
                 torch.manual_seed(tag_seed(seed, "random", model_id))
                 model = AutoModel.from_config(config, dtype=dtype)
@@ -1235,7 +1241,8 @@ class Log:
         self.is_main = dist.get_rank() == 0
         self.text, self.json = run / "log.txt", run / "metrics.jsonl"
         if self.is_main and self.json.exists():  # what an interrupted run logged past its checkpoint happens again
-            kept = [line for line in self.json.read_text().splitlines() if json.loads(line)["step"] <= first_step]
+            lines = [line for line in self.json.read_text().splitlines() if line.endswith("}")]  # the last may be cut
+            kept = [line for line in lines if json.loads(line)["step"] <= first_step]
             self.json.write_text("".join(line + "\n" for line in kept))
 
     def write(self, text: str, console: bool = True) -> None:
@@ -1299,7 +1306,8 @@ def write_header(log: Log, cfg: Config, frozen: Frozen, model: PRX, data: dict, 
     for name, text in SOURCES.items():
         log.write(f"==== {name} sha256 {hashlib.sha256(text.encode()).hexdigest()}\n{text}====", console=False)
     log.write(f"config {json.dumps(config_to_json(cfg))}", console=False)
-    hardware = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.processor() or platform.machine()} CPU"
+    cpu = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text()) if Path("/proc/cpuinfo").exists() else None
+    hardware = torch.cuda.get_device_name() if device.type == "cuda" else f"{cpu[1] if cpu else platform.machine()} CPU"
     log.write(f"{datetime.datetime.now():%Y-%m-%d %H:%M}  python {platform.python_version()}  torch {torch.__version__}  "
               f"transformers {transformers.__version__}  datasets {datasets.__version__}  numpy {np.__version__}")
     log.write(f"{dist.get_world_size()} x {hardware}, {torch.get_num_threads()} threads; source {SOURCE_HASH[:12]}; "

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 import torchvision
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
-from transformers import (AutoTokenizer, Dinov2Config, Dinov2Model, Dinov2WithRegistersConfig, Dinov2WithRegistersModel, DINOv3ViTConfig,
-                          DINOv3ViTModel, PreTrainedTokenizerFast, T5GemmaConfig, T5GemmaForConditionalGeneration,
-                          T5GemmaModuleConfig)
+from transformers import (AutoTokenizer, Dinov2Config, Dinov2Model, Dinov2WithRegistersConfig, Dinov2WithRegistersModel,
+                          DINOv3ViTConfig, DINOv3ViTModel, PreTrainedTokenizerFast, T5GemmaConfig,
+                          T5GemmaForConditionalGeneration, T5GemmaModuleConfig)
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))

@@ -25,8 +25,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from sample import diffusers_config, from_diffusers, to_diffusers  # noqa: E402
-from train_prx import (PRX, Config, apply_rotary, attention_mask, build_model, build_optimizer, draw_ids_keep,  # noqa: E402
-                       gather_tokens, rotary_table)
+from train_prx import (PRX, Config, RMSNorm, apply_rotary, attention_mask, build_model, build_optimizer,  # noqa: E402
+                       draw_ids_keep, gather_tokens, rotary_table)
 
 TINY = Config(patch=4, bottleneck=12, width=48, depth=6, heads=3, text_dim=20, text_tokens=7, route_start=1, route_end=-1,
               repa_depth=3, repa_dim=10, precision="fp32", compile=False)
@@ -459,6 +459,15 @@ def test_rotary_is_fp32_inside_and_the_inputs_dtype_outside():
     x = torch.randn(2, 256, 3, 16, generator=generator(0)).bfloat16()
     out = apply_rotary(x, rope)
     assert out.dtype == torch.bfloat16 and torch.equal(out, apply_rotary(x.float(), rope).bfloat16())  # rounded once
+
+
+def test_rmsnorm_is_fp32_inside_and_the_inputs_dtype_outside():
+    norm = perturb(RMSNorm(16))
+    x = torch.randn(50, 16, generator=generator(0)).bfloat16()
+    wide = x.double()
+    expected = wide / (wide.square().mean(-1, keepdim=True) + 1e-6).sqrt() * norm.scale.double()
+    assert (norm(x.float()) - expected).abs().max() < 1e-6  # measured 2e-7
+    assert norm(x).dtype == torch.bfloat16 and torch.equal(norm(x), norm(x.float()).bfloat16())  # rounded once
 
 
 @pytest.mark.parametrize("routed", [True, False])
