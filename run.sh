@@ -23,7 +23,7 @@ except ImportError:
 for file in sys.argv[1:]:
     for line in open(file):
         if line.strip() and not line.startswith("#"):
-            need = Requirement(line)
+            need = Requirement(line.strip())
             if not need.specifier.contains(importlib.metadata.version(need.name), prereleases=True):
                 sys.exit(1)
 PY

@@ -50,7 +50,8 @@ class Result(NamedTuple):
 
 
 def as_script(script: str, flags: list[str], cwd: str, env: dict[str, str], out: str, err: str) -> None:
-    """Body of a forked process: become `python script flags` in `cwd`."""
+    """Body of a forked process: become `python script flags` in `cwd`, in a process group of its own."""
+    os.setpgid(0, 0)
     for number, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     os.chdir(cwd)

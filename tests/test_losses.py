@@ -144,15 +144,15 @@ def planted_networks() -> Frozen:
 
 def test_the_loss_is_the_weighted_sum_of_its_terms():
     cfg = replace(TINY, lpips_weight=0.3, pdino_weight=0.7, repa_weight=0.9)
-    model = Planted(planted_image(), lambda ids: gather_tokens(torch.randn(4, 16, 48, generator=generator(3)), ids))
+    model = Planted(planted_image().requires_grad_(), lambda ids: gather_tokens(torch.randn(4, 16, 48, generator=generator(3)), ids))
     frozen, batch = planted_networks(), make_batch()
     loss, terms = training_loss(model, frozen, batch, cfg, STAGE, generator())
     assert list(terms) == ["flow", "lpips", "pdino", "repa"] == term_names(cfg, frozen, STAGE)
     expected = terms["flow"] + 0.3 * terms["lpips"] + 0.7 * terms["pdino"] + 0.9 * terms["repa"]
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
-    assert all(term.ndim == 0 and not term.requires_grad for term in terms.values())
+    assert loss.requires_grad and all(term.ndim == 0 and not term.requires_grad for term in terms.values())
 
-    x0, x0_hat = batch["x0"].double(), model.x0_hat.double()
+    x0, x0_hat = batch["x0"].double(), model.x0_hat.detach().double()
     half = F.avg_pool2d(x0_hat - x0, 2)  # halving is the mean of 2 x 2 pixels
     assert terms["lpips"].item() == pytest.approx(half.abs().mean().item(), rel=1e-5)  # measured 1e-7
     cosine = F.cosine_similarity(*(F.unfold(x, 8, stride=8).mT for x in (x0_hat, x0)), dim=-1)
@@ -341,9 +341,9 @@ def test_the_teacher_gives_one_feature_an_image_token_and_pdino_looks_at_224px(t
     features = frozen.teacher(x0)
     assert features.shape == (1, rows * cols, 32) and frozen.pdino(x0).shape == (1, 16 * 16, 32)
     changed = x0.clone()
-    changed[:, :, 4:8, 8:12] *= -1  # the token in row 1, column 2
+    changed[:, :, 4:8, -8:-4] *= -1  # the token in row 1, in the last column but one
     difference = (frozen.teacher(changed) - features).square().sum(-1)[0]
-    assert difference.argmax() == cols + 2
+    assert difference.argmax() == 2 * cols - 2
     assert frozen.lpips is None
 
 
