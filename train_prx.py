@@ -976,11 +976,17 @@ class Chunks(torch.utils.data.Dataset):
                 "keys": [row["key"] for row in rows]}
 
 
+def ignore_signals(worker: int) -> None:
+    """Readers outlive a signal to the whole process group: training then still has rows, saves and stops."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def load_chunks(chunks: Chunks, order: list[int], device: torch.device) -> Iterator[dict]:
     """Chunks in the given order, read ahead by worker processes."""
     return iter(torch.utils.data.DataLoader(
         chunks, batch_size=None, sampler=order, num_workers=chunks.cfg.workers, pin_memory=device.type == "cuda",
-        prefetch_factor=2 if chunks.cfg.workers else None))
+        prefetch_factor=2 if chunks.cfg.workers else None, worker_init_fn=ignore_signals))
 
 
 def make_batch(raw: dict, encode_text: TextEncoder, device: torch.device) -> dict[str, Tensor]:
@@ -1381,6 +1387,12 @@ def open_run(cfg: Config, resume: str, data: dict) -> tuple[Path, Path | None, o
     checkpoint = find_resume(cfg, resume, run, data)
     lock = None
     if dist.get_rank() == 0:
+        run.parent.mkdir(exist_ok=True)
+        lock = run.with_name(f".{cfg.name}.lock").open("w")  # beside the folder, which --resume=never renames
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"another process is training {run}; choose another --name") from None
         if resume == "never" and run.exists():
             n = 1
             while run.with_name(f"{cfg.name}.old-{n}").exists():
@@ -1388,11 +1400,6 @@ def open_run(cfg: Config, resume: str, data: dict) -> tuple[Path, Path | None, o
             run.rename(run.with_name(f"{cfg.name}.old-{n}"))
         (run / "samples").mkdir(parents=True, exist_ok=True)
         (run / "checkpoints").mkdir(exist_ok=True)
-        lock = (run / ".lock").open("w")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"another process is training {run}; choose another --name") from None
     dist.barrier()
     return run, checkpoint, lock
 
@@ -1513,8 +1520,8 @@ def train(cfg: Config, resume: str, device: torch.device, mesh: DeviceMesh) -> N
                         if rank == 0:
                             sheet.save(run / "samples" / f"step_{step:06d}.png")
                 if save_due or stop:
+                    write_ema(run / "ema.safetensors", ema, cfg, step, data)  # first: a checkpoint says all is written
                     save_checkpoint(run / "checkpoints", checkpoint_state(model, ema, optimizer, progress), cfg, step, data)
-                    write_ema(run / "ema.safetensors", ema, cfg, step, data)
                 started += time.perf_counter() - paused
                 meter.reset()
 

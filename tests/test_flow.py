@@ -47,7 +47,7 @@ def test_timesteps_follow_the_shifted_logit_normal_with_a_uniform_share(shift, u
     rank = np.arange(N_SAMPLES)
     expected = cdf(t[inside], shift, uniform_t)
     distance = max(np.abs(expected - rank[inside] / N_SAMPLES).max(), np.abs(expected - (rank[inside] + 1) / N_SAMPLES).max())
-    assert distance < 1.63 / N_SAMPLES**0.5  # 0.0052; measured 0.0023 to 0.0029
+    assert distance < 1.63 / N_SAMPLES**0.5  # 0.0052; measured 0.0018 to 0.0039
 
 
 @pytest.mark.parametrize("shift, uniform_t", [(3.0, 0.1), (1.0, 1.0), (1e8, 0.0), (1e-4, 0.0)])

@@ -126,7 +126,7 @@ def test_no_singular_value_ends_above_13(name):
 def test_at_least_95_percent_of_a_square_gaussians_singular_values_end_inside(n):
     G = torch.stack([randn(n, n, seed=i) for i in range(8)])
     out = torch.linalg.svdvals(newton_schulz(G, 5).double())
-    assert ((out >= 0.6) & (out <= 1.3)).double().mean() >= 0.95  # measured 98.0 to 99.2%
+    assert ((out >= 0.6) & (out <= 1.3)).double().mean() >= 0.95  # measured 98.6 to 98.9%
 
 
 def test_a_batch_gives_what_its_matrices_give_alone():
@@ -142,7 +142,8 @@ def test_a_batch_gives_what_its_matrices_give_alone():
 def test_the_transpose_gives_the_transpose_and_a_factor_gives_the_same(shape):
     G = randn(*shape, seed=3)
     assert relative(newton_schulz(G.mT, 5), newton_schulz(G, 5).mT) < 1e-5  # measured 1e-6
-    assert relative(newton_schulz(1000 * G, 5), newton_schulz(G, 5)) < 1e-5  # measured 1e-6
+    for factor in (1e3, 1e-6):
+        assert relative(newton_schulz(factor * G, 5), newton_schulz(G, 5)) < 1e-5  # measured 1e-6
     assert relative(newton_schulz(-G, 5), -newton_schulz(G, 5)) < 1e-6
 
 
@@ -202,13 +203,13 @@ def test_muon_in_fp32_equals_the_textbook_in_float64(weight_decay, nesterov):
 
 
 def test_muons_update_has_adams_rms_whatever_the_shape():
-    """Its purpose: RMS 0.2 lr. The singular values' mean square is about 0.85, hence the range."""
+    """Its purpose: RMS 0.2 lr. The singular values' mean square is about 0.75, hence the range."""
     for shape in [(256, 64), (64, 256), (128, 128)]:
         p = nn.Parameter(torch.zeros(shape))
         optimizer = Muon([muon_group([p], lr=1.0)])
         set_gradients([p], 0)
         optimizer.step()
-        assert 0.15 < p.square().mean().sqrt() < 0.24  # measured 0.183 to 0.200
+        assert 0.15 < p.square().mean().sqrt() < 0.24  # measured 0.170 to 0.178
 
 
 def test_equal_shapes_in_one_batch_get_their_own_updates():
