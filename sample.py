@@ -125,7 +125,10 @@ def sample(args) -> None:
 
 def sampling_settings(args, cfg: Config) -> dict:
     """The flags where given, else what the run drew its own samples with."""
-    return {"steps": args.steps or cfg.sample_steps, "guidance": args.guidance or cfg.guidance,
+    guidance = args.guidance or cfg.guidance
+    if guidance == "self" and len(cfg.route) == 0:
+        raise UserError(f"--guidance=self needs routed blocks, and {args.checkpoint} has none: use cfg or none")
+    return {"steps": args.steps or cfg.sample_steps, "guidance": guidance,
             "scale": cfg.scale if args.scale is None else args.scale,
             "drop": cfg.drop if args.drop is None else args.drop, "shift": cfg.shift}
 
@@ -171,8 +174,7 @@ KEYS = {  # PRX's public checkpoints -> diffusers' PRXTransformer2DModel; everyt
 
 def rename(state: dict[str, Tensor], keys: dict[str, str]) -> dict[str, Tensor]:
     """State dict with `keys` replaced inside the names of block parameters."""
-    longest_first = sorted(keys, key=len, reverse=True)  # qk_norm.key_norm.scale before k_norm.scale
-    pattern = re.compile(r"^(blocks\.\d+\.)(" + "|".join(map(re.escape, longest_first)) + r")(?=\.|$)")
+    pattern = re.compile(r"^(blocks\.\d+\.)(" + "|".join(map(re.escape, keys)) + r")(?=\.|$)")
     return {pattern.sub(lambda m: m[1] + keys[m[2]], name): tensor for name, tensor in state.items()}
 
 
@@ -279,7 +281,7 @@ def build_parsers() -> dict[str, tuple[Parser, Callable]]:
     scorer = Parser(prog="sample.py score", description="Score pictures of held-out prompts.")
     add_sampling_flags(scorer)
     scorer.add_argument("--metric", choices=["scenes"], default="scenes", help="scenes: objects drawn as captioned, by attribute")
-    scorer.add_argument("--n", type=positive, default=512, help="scenes")
+    scorer.add_argument("--n", type=positive, default=256, help="scenes")
     scorer.add_argument("--level", choices=list(scenes.LEVELS), default="demo", help="level of the scenes")
     scorer.add_argument("--out", type=Path, default=None, help="PNG of the first 16 (default: score_scenes.png beside the checkpoint)")
 

@@ -53,6 +53,7 @@ import signal
 import sys
 import textwrap
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -302,8 +303,8 @@ def check_config(cfg: Config) -> None:
     need(head_dim % 4 == 0, f"--width / --heads = {head_dim} must be a multiple of 4, for 2-D rotary pairs")
     need(0 <= cfg.drop < 1, f"--drop={cfg.drop} must be in [0, 1)")
     need(0 <= cfg.caption_dropout <= 1, f"--caption_dropout={cfg.caption_dropout} must be in [0, 1]")
-    need(cfg.drop == 0 or len(cfg.route) > 0, f"--route_start={cfg.route_start} and --route_end={cfg.route_end} route no "
-         f"block of {cfg.depth}; --drop=0 turns routing off")
+    need(len(cfg.route) > 0 or (cfg.drop == 0 and cfg.guidance != "self"), f"--route_start={cfg.route_start} and --route_end="
+         f"{cfg.route_end} route no block of {cfg.depth}; without routing, --drop=0 and --guidance=cfg or none")
     need(1 <= cfg.repa_depth <= cfg.depth, f"--repa_depth={cfg.repa_depth} must be between 1 and --depth={cfg.depth}")
     for stage in cfg.stages:
         need(min(stage.image_size, stage.steps, stage.global_batch) > 0, f"--stages: {stage} has a value below 1")
@@ -651,8 +652,10 @@ def load_pretrained(loader, model_id: str, **kwargs):
     except (OSError, ValueError, KeyError) as error:
         flag, fallback = FALLBACKS.get(model_id, (None, None))
         advice = f"; open fallback: {flag}={fallback}" if flag else ""
-        where = "" if Path(model_id).exists() else f"; access and download: https://huggingface.co/{model_id}"
-        raise UserError(f"cannot load {model_id}: {str(error).strip().splitlines()[0]}{where}{advice}") from None
+        on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", model_id) and not Path(model_id).exists()
+        where = f"; access and download: https://huggingface.co/{model_id}" if on_hub else ""
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise UserError(f"cannot load {model_id}: {reason}{where}{advice}") from None
     if kwargs.get("output_loading_info"):
         loaded, info = loaded
         if info["missing_keys"]:
@@ -664,14 +667,19 @@ class T5GemmaText:
     """The frozen T5Gemma encoder: last hidden state of up to L tokens, padded to L and masked."""
 
     def __init__(self, cfg: Config, device: torch.device):
-        from transformers import AutoTokenizer, T5GemmaEncoderModel
+        from transformers import AutoConfig, AutoTokenizer, T5GemmaEncoderModel
+        from transformers.models.t5gemma.modeling_t5gemma import T5GemmaEncoder
 
         self.device, self.max_length = device, cfg.text_tokens
         self.tokenizer = load_pretrained(AutoTokenizer, cfg.text_encoder)
-        self.model = load_pretrained(  # eager attention: SDPA leaves out T5Gemma's soft cap on the scores
-            T5GemmaEncoderModel, cfg.text_encoder, is_encoder_decoder=False, attn_implementation="eager", output_loading_info=True,
-            dtype=torch.bfloat16 if cfg.precision == "bf16" else torch.float32).eval().requires_grad_(False).to(device)
-        hidden = self.model.config.encoder.hidden_size
+        # A whole T5Gemma, or its encoder alone, as PRX's checkpoints carry it
+        alone = load_pretrained(AutoConfig, cfg.text_encoder).model_type == "t5_gemma_module"
+        loader, how = (T5GemmaEncoder, {}) if alone else (T5GemmaEncoderModel, {"is_encoder_decoder": False})
+        model = load_pretrained(  # eager attention: SDPA leaves out T5Gemma's soft cap on the scores
+            loader, cfg.text_encoder, **how, attn_implementation="eager", output_loading_info=True,
+            dtype=torch.bfloat16 if cfg.precision == "bf16" else torch.float32)
+        self.model = model.eval().requires_grad_(False).to(device)
+        hidden = model.config.hidden_size if alone else model.config.encoder.hidden_size
         if hidden != cfg.text_dim:
             raise UserError(f"{cfg.text_encoder} gives {hidden}-dim latents, not {cfg.text_dim}: pass --text_dim={hidden}")
 
@@ -764,7 +772,7 @@ class Dino:
     def __call__(self, images: Tensor, size: tuple[int, int]) -> Tensor:
         """Features of `images` resized to `size` pixels; [B, (H / patch) (W / patch), D] fp32."""
         x = F.interpolate(images.float(), size=size, mode="bilinear", align_corners=False)
-        x = (((x + 1) / 2).clamp(0, 1) - self.mean) / self.std
+        x = (((x + 1) / 2).clamp(0, 1) - self.mean) / self.std  # no gradient from pixels outside [-1, 1] (code)
         return self.model(x.to(self.dtype)).last_hidden_state[:, self.prefix :].float()
 
 
@@ -801,7 +809,7 @@ def load_lpips(cfg: Config, device: torch.device, dtype: torch.dtype) -> Callabl
     import lpips
 
     try:
-        with torch.random.fork_rng(devices=[]), contextlib.redirect_stdout(io.StringIO()):
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings(action="ignore"):  # torchvision's, of old names
             torch.manual_seed(tag_seed(cfg.seed, "random", "vgg16"))
             network = lpips.LPIPS(net="vgg", pnet_rand=cfg.frozen == "random", verbose=False)
     except OSError as error:

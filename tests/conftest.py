@@ -29,8 +29,8 @@ PRELOADED = ["pytest", "torch", "torch._dynamo", "torch.distributed.fsdp", "torc
 PATIENCE = 120  # seconds for any one command
 
 # A model and a schedule small enough for 20 steps a second; `data` is added by the fixture `tiny`. 4 chunks a step.
-TINY = ["--preset=demo", "--stages=32:20:16:1", "--micro_batch=4", "--width=32", "--depth=4", "--heads=2", "--bottleneck=16",
-        "--patch=8", "--route_start=1", "--route_end=3", "--repa_depth=2", "--text_dim=32", "--compile=0", "--log_every=1",
+TINY = ["--preset=demo", "--stages=32:20:16:1", "--micro_batch=4", "--width=32", "--depth=3", "--heads=2", "--bottleneck=16",
+        "--patch=8", "--route_start=1", "--route_end=2", "--repa_depth=2", "--text_dim=32", "--compile=0", "--log_every=1",
         "--repa_dim=16", "--sample_steps=2", "--eval_every=0", "--sample_every=0", "--save_every=0"]
 
 
@@ -52,6 +52,7 @@ class Result(NamedTuple):
 def as_script(script: str, flags: list[str], cwd: str, env: dict[str, str], out: str, err: str) -> None:
     """Body of a forked process: become `python script flags` in `cwd`, in a process group of its own."""
     os.setpgid(0, 0)
+    multiprocessing.set_start_method(None, force=True)  # the platform's own, for the processes that read data
     for number, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     os.chdir(cwd)

@@ -273,7 +273,8 @@ def test_groups_keep_their_own_settings():
 # What a group may hold
 
 
-@pytest.mark.parametrize("use_muon, key", [(True, "betas"), (True, "learning_rate"), (False, "momentum"), (False, "weigth_decay")])
+@pytest.mark.parametrize("use_muon, key", [(True, "betas"), (True, "learning_rate"), (False, "momentum"),
+                                           (False, "weigth_decay")])
 def test_an_unknown_group_key_raises_and_is_named(use_muon, key):
     with pytest.raises(ValueError, match=key):
         Muon([{"params": weights([(4, 4)]), "use_muon": use_muon, key: 0.1}])
@@ -444,7 +445,8 @@ def test_more_ranks_than_matrices_leaves_ranks_idle_and_no_rank_with_two():
 class Uneven(nn.Module):
     """Matrices whose rows do not divide among 2, 3 or 4 ranks, one with fewer rows than ranks, and some for Adam."""
 
-    SHAPES = {"a": (7, 5), "b": (10, 6), "c": (2, 9), "d": (6, 8), "e": (6, 8), "f": (1, 4), "g": (33, 8), "bias": (5,), "scale": (3, 2)}
+    SHAPES = {"a": (7, 5), "b": (10, 6), "c": (2, 9), "d": (6, 8), "e": (6, 8), "f": (1, 4), "g": (33, 8),
+              "bias": (5,), "scale": (3, 2)}
 
     def __init__(self, names: str):
         super().__init__()

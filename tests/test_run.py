@@ -368,7 +368,7 @@ REFUSED = {  # how a run differs from the one in runs/try -> (flags, what the on
     "another width and text": (["--width=48", "--text_tokens=20"], ["another width, text_tokens:", *OPTIONS]),
     "a checkpoint of another shape": (["--name=new", "--width=48", "--resume=runs/try"],
                                       ["model.img_in.1.weight", "(32, 16)", "(48, 16)"]),
-    "a checkpoint of fewer blocks": (["--name=new", "--depth=5", "--resume=runs/try"], ["no model.blocks.4."]),
+    "a checkpoint of fewer blocks": (["--name=new", "--depth=5", "--resume=runs/try"], ["no model.blocks.3."]),
 }
 
 
@@ -508,7 +508,7 @@ def test_the_log_proves_the_run(unbroken, data, tiny):
     for package in ("torch", "transformers", "datasets", "numpy"):
         assert f"  {package} {sys.modules[package].__version__}" in log if package in sys.modules else f"  {package} " in log
     count = sum(p.numel() for name, p in PRX(cfg).named_parameters() if not name.startswith("repa_projector."))
-    assert f"\nmodel {count:,} parameters, width 32, depth 4, patch 8; blocks 1 to 2 see 50% of the tokens" in log
+    assert f"\nmodel {count:,} parameters, width 32, depth 3, patch 8; blocks 1 to 1 see 50% of the tokens" in log
     assert "loss 1 flow; off: lpips, pdino, repa\n" in log
 
 

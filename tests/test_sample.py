@@ -81,7 +81,7 @@ def test_a_checkpoint_comes_back_as_the_averaged_weights_that_were_written(train
     assert different(load_checkpoint(trained / "ema.safetensors")[0].state_dict(), averaged) == []
     weights = {name.removeprefix("model."): tensor for name, tensor in saved.items() if name.startswith("model.")}
     assert different({name: weights[name] for name in averaged}, averaged), "the last weights are not their average"
-    assert (cfg.width, cfg.depth, cfg.name, cfg.text_encoder) == (32, 4, "demo", "builtin")
+    assert (cfg.width, cfg.depth, cfg.name, cfg.text_encoder) == (32, 3, "demo", "builtin")
     txt, txt_mask = encode_text([PROMPT, ""])
     assert txt.shape == (2, cfg.text_tokens, cfg.text_dim) and txt_mask.sum(1).tolist() == [7, 0]
     assert not model.training and not any(p.requires_grad for p in model.parameters())
