@@ -185,7 +185,7 @@ PRESETS = {
     ),
     # Two CPU cores, under five minutes. Where it leaves the recipe, and why, is in the README.
     "demo": Config(
-        name="demo", data="data/demo", frozen="none", stages=(Stage(32, 1_200, 32, True),), micro_batch=32, workers=0,
+        name="demo", data="data/demo", frozen="none", stages=(Stage(32, 1_300, 32, True),), micro_batch=32, workers=0,
         patch=4, bottleneck=48, width=128, depth=6, heads=4, route_start=1, route_end=5, repa_depth=3,
         text_encoder="builtin", text_dim=256, text_tokens=24,
         lr=1e-2, adam_lr=4e-3, lr_decay="linear", t_power=1.0, warmup=50, ema=0.9, grad_clip=1.0,
@@ -1417,7 +1417,8 @@ def train(cfg: Config, resume: str, device: torch.device, mesh: DeviceMesh) -> N
     rank, world = dist.get_rank(), dist.get_world_size()
     torch.set_float32_matmul_precision("high")
     torch._dynamo.config.recompile_limit = 64  # a block compiles once for each (stage, routed or not)
-    logging.getLogger("torch.distributed.checkpoint").setLevel(logging.ERROR)
+    for chatty in ("torch.distributed.checkpoint", "torch.utils.cpp_extension"):  # of single ranks, of absent CUDA
+        logging.getLogger(chatty).setLevel(logging.ERROR)
 
     # Set up: data first, since what is missing there is cheapest to find
     stages = [(stage, first_step, Chunks(cfg, stage, first_row)) for stage, first_step, first_row in stage_spans(cfg)]

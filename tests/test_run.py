@@ -86,6 +86,8 @@ def test_ten_steps_then_ten_more_equal_twenty_bit_for_bit(tmp_path, tiny, precis
     for name in ("loss", "flow", "grad_norm", "lr"):
         assert curve(halves, name) == curve(whole, name)
     assert list(curve(whole)) == list(range(1, 21))
+    held_out = [{line["step"]: line["held_out"] for line in metrics(folder) if "held_out" in line} for folder in (halves, whole)]
+    assert held_out[0][20] == held_out[1][20] and held_out[0][6] == held_out[1][6]
     first = checkpoint_tensors(sorted((halves / "checkpoints").glob("step_*"))[0])
     assert different(first, checkpoint_tensors(last_checkpoint(whole))), "ten more steps changed nothing"
 
@@ -528,6 +530,18 @@ def test_the_logged_learning_rate_is_the_one_applied(tmp_path, tiny):
     bias = checkpoint_tensors(last_checkpoint(folder))["model.final_layer.linear.bias"]
     assert curve(folder, "lr")[1] == pytest.approx(1e-2 / 4)
     torch.testing.assert_close(bias.abs(), torch.full_like(bias, 4e-3 / 4), rtol=1e-3, atol=0)
+
+
+def test_the_average_moves_every_few_steps_from_step_0(tmp_path, tiny):
+    folder = train(tmp_path, *tiny, "--precision=fp32", "--warmup=1", "--ema=0.75", "--ema_every=3", "--save_every=1",
+                   "--keep=9", "--max_steps=5")
+    average = PRX(parse_config(tiny)[0]).state_dict()["blocks.0.up_proj.weight"]
+    for step in range(1, 6):
+        saved = checkpoint_tensors(folder / f"checkpoints/step_{step:06d}")
+        if step in (1, 4):  # after the updates of steps 0 and 3
+            average = 0.75 * average + 0.25 * saved["model.blocks.0.up_proj.weight"]
+        torch.testing.assert_close(saved["ema.blocks.0.up_proj.weight"], average, rtol=0, atol=1e-7)
+    assert (average - saved["model.blocks.0.up_proj.weight"]).abs().max() > 1e-4
 
 
 def test_the_sample_sheet_shows_the_prompts_of_the_data(unbroken, data):
