@@ -54,15 +54,22 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> tup
         raise UserError(f"cannot read {file}: {error}") from None
     if metadata.get("format") != "nanoprx":
         raise UserError(f"{file} is not a nanoPRX checkpoint: its metadata has no config")
-    cfg = config_from_json(json.loads(metadata["config"]))
-    with torch.device("meta"):
-        model = PRX(cfg)
+    try:
+        cfg = config_from_json(json.loads(metadata["config"]))
+        with torch.device("meta"):
+            model = PRX(cfg)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
+    except Exception as error:  # a damaged config raises almost anything
+        raise UserError(f"{file}: its config is damaged ({type(error).__name__})") from None
     model.repa_projector = None  # stays with the run
     expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
     found = {name: tuple(t.shape) for name, t in state.items()}
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
             raise UserError(f"{file}: {name} has shape {found.get(name, 'none')}, but its config says {expected.get(name, 'none')}")
+    if any(t.dtype != torch.float32 for t in state.values()):
+        raise UserError(f"{file} is damaged: its tensors are not all fp32")
     model.load_state_dict(state, assign=True)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     return model.to(device, dtype).eval().requires_grad_(False), cfg, load_text_encoder(cfg, device)
@@ -215,7 +222,7 @@ def export_diffusers(path: str | Path, out: str | Path) -> None:
         print(f"{out}/transformer: the transformer only, because diffusers has no built-in text encoder")
         return
     pipeline = PRXPixelPipeline(
-        transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=cfg.shift), text_encoder=encode_text.model,
+        transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=cfg.shift), text_encoder=encode_text.model.float(),
         tokenizer=encode_text.tokenizer, default_sample_size=cfg.stages[-1].image_size, prompt_max_tokens=cfg.text_tokens,
         noise_scale=cfg.noise_scale)  # written out: diffusers' default is 2.0
     pipeline.save_pretrained(out)
@@ -256,6 +263,13 @@ def share(text: str) -> float:
     raise ArgumentTypeError(f"{text!r} is not a number in [0, 1)")
 
 
+def visible_device(text: str) -> str:
+    """cpu, or cuda where there is one."""
+    if text == "cpu" or (text == "cuda" and torch.cuda.is_available()):
+        return text
+    raise ArgumentTypeError(f"{text!r} is not cpu, nor cuda with a visible GPU")
+
+
 def add_sampling_flags(parser: Parser) -> None:
     parser.add_argument("--checkpoint", required=True, help="a run's folder or its ema.safetensors")
     parser.add_argument("--steps", type=positive, default=None, help="Euler steps (default: the run's)")
@@ -265,7 +279,7 @@ def add_sampling_flags(parser: Parser) -> None:
     parser.add_argument("--drop", type=share, default=None, help="share of tokens routed around in self guidance (default: the run's)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first picture; the next has the next seed")
     parser.add_argument("--batch", type=positive, default=32, help="pictures at a time; changes no picture")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    parser.add_argument("--device", type=visible_device, default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
 
 
 def build_parsers() -> dict[str, tuple[Parser, Callable]]:

@@ -984,17 +984,16 @@ class Chunks(torch.utils.data.Dataset):
                 "keys": [row["key"] for row in rows]}
 
 
-def ignore_signals(worker: int) -> None:
-    """Readers outlive a signal to the whole process group: training then still has rows, saves and stops."""
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+def leave_group(worker: int) -> None:
+    """Readers leave the process group, so that a signal to all of it stops training politely, not its supply of rows."""
+    os.setpgid(0, 0)
 
 
 def load_chunks(chunks: Chunks, order: list[int], device: torch.device) -> Iterator[dict]:
     """Chunks in the given order, read ahead by worker processes."""
     return iter(torch.utils.data.DataLoader(
         chunks, batch_size=None, sampler=order, num_workers=chunks.cfg.workers, pin_memory=device.type == "cuda",
-        prefetch_factor=2 if chunks.cfg.workers else None, worker_init_fn=ignore_signals))
+        prefetch_factor=2 if chunks.cfg.workers else None, worker_init_fn=leave_group))
 
 
 def make_batch(raw: dict, encode_text: TextEncoder, device: torch.device) -> dict[str, Tensor]:

@@ -26,7 +26,7 @@ if str(ROOT) not in sys.path:
 ENV = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200"}
 PRELOADED = ["pytest", "torch", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.checkpoint", "torchvision",
              "datasets", "transformers", "safetensors.torch", "PIL.Image", "tqdm"]
-PATIENCE = 120  # seconds for any one command
+PATIENCE = 90  # seconds for any one command
 
 # A model and a schedule small enough for 20 steps a second; `data` is added by the fixture `tiny`. 4 chunks a step.
 TINY = ["--preset=demo", "--stages=32:20:16:1", "--micro_batch=4", "--width=32", "--depth=3", "--heads=2", "--bottleneck=16",
