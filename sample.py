@@ -101,8 +101,8 @@ def sample(args) -> None:
     if args.prompts is not None:
         try:
             prompts = [line.strip() for line in Path(args.prompts).read_text().splitlines() if line.strip()]
-        except OSError as error:
-            raise UserError(f"cannot read --prompts={args.prompts}: {error.strerror}") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"cannot read --prompts={args.prompts}: {error}") from None
         if not prompts:
             raise UserError(f"--prompts={args.prompts} has no prompt: write one a line")
     elif args.prompt is not None:
@@ -124,10 +124,18 @@ def sample(args) -> None:
     weights_hash = hashlib.sha256(weights_file(args.checkpoint).read_bytes()).hexdigest()
     for key, value in {"prompts": prompts, "n": args.n, "seed": args.seed, "size": size, **settings, "checkpoint": weights_hash}.items():
         text.add_text(key, json.dumps(value))
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(args.out, "PNG", pnginfo=text)
+    save_picture(picture, args.out, text)
     print(f"{args.out}: {len(images)} image(s) of {size[1]} x {size[0]} px, guidance {settings['guidance']} "
           f"{settings['scale']:g}, {settings['steps']} steps, seeds from {args.seed}")
+
+
+def save_picture(picture: Image.Image, path: Path, text: PngInfo | None = None) -> None:
+    """Write a PNG, its folder too if need be; raises UserError where that cannot be."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(path, "PNG", pnginfo=text)
+    except OSError as error:
+        raise UserError(f"cannot write --out={path}: {error}") from None
 
 
 def sampling_settings(args, cfg: Config) -> dict:
@@ -165,7 +173,7 @@ def score(args) -> None:
     out = weights_file(args.checkpoint).parent / "score_scenes.json"
     out.write_text(json.dumps({"n": args.n, "seed": args.seed, "level": args.level, **settings, **result}, indent=2) + "\n")
     grid = args.out or out.with_name("score_scenes.png")
-    draw_grid(images[:16], prompts[:16]).save(grid)
+    save_picture(draw_grid(images[:16], prompts[:16]), grid)
     print(f"grid: {grid}")
 
 
@@ -263,6 +271,13 @@ def share(text: str) -> float:
     raise ArgumentTypeError(f"{text!r} is not a number in [0, 1)")
 
 
+def seed(text: str) -> int:
+    """A whole number that a generator takes as its seed, with room for the seeds of a sheet."""
+    if not text.isdecimal() or int(text) >= 2**62:
+        raise ArgumentTypeError(f"{text!r} is not a whole number from 0 to 2^62")
+    return int(text)
+
+
 def visible_device(text: str) -> str:
     """cpu, or cuda where there is one."""
     if text == "cpu" or (text == "cuda" and torch.cuda.is_available()):
@@ -277,7 +292,7 @@ def add_sampling_flags(parser: Parser) -> None:
                         "against empty prompt, or none (default: the run's)")
     parser.add_argument("--scale", type=float, default=None, help="guidance scale, 1 is none (default: the run's)")
     parser.add_argument("--drop", type=share, default=None, help="share of tokens routed around in self guidance (default: the run's)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the first picture; the next has the next seed")
+    parser.add_argument("--seed", type=seed, default=0, help="seed of the first picture; the next has the next seed")
     parser.add_argument("--batch", type=positive, default=32, help="pictures at a time; changes no picture")
     parser.add_argument("--device", type=visible_device, default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
 

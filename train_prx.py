@@ -294,21 +294,31 @@ def check_config(cfg: Config) -> None:
         if not condition:
             raise UserError(message)
 
-    need(re.fullmatch(r"[\w.-]+", cfg.name) is not None, f"--name={cfg.name}: use letters, digits, '.', '_' and '-'")
+    need(re.fullmatch(r"\w[\w.-]*", cfg.name) is not None, f"--name={cfg.name}: use letters, digits, '_', and then '.' and '-'")
     for name in ("micro_batch", "patch", "bottleneck", "width", "depth", "heads", "text_dim", "text_tokens", "ema_every",
                  "log_every", "keep", "sample_steps", "ns_steps"):
         need(getattr(cfg, name) > 0, f"--{name}={getattr(cfg, name)} must be at least 1")
+    for name in ("lr", "adam_lr", "grad_clip", "mlp_ratio", "rope_theta", "shift", "noise_scale", "adam_eps"):
+        need(0 < getattr(cfg, name) < math.inf, f"--{name}={getattr(cfg, name)} must be a number above 0")
+    for name in ("max_steps", "warmup", "workers", "t_power", "repa_weight", "lpips_weight", "pdino_weight", "price",
+                 "eval_every", "sample_every", "save_every", "scale"):
+        need(0 <= getattr(cfg, name) < math.inf, f"--{name}={getattr(cfg, name)} must be a number of at least 0")
+    for name in ("drop", "ema", "momentum"):
+        need(0 <= getattr(cfg, name) < 1, f"--{name}={getattr(cfg, name)} must be in [0, 1)")
+    for name in ("uniform_t", "caption_dropout"):
+        need(0 <= getattr(cfg, name) <= 1, f"--{name}={getattr(cfg, name)} must be in [0, 1]")
+    need(all(0 <= beta < 1 for beta in cfg.adam_betas), f"--adam_betas={cfg.adam_betas} must be in [0, 1)")
     need(cfg.width % cfg.heads == 0, f"--width={cfg.width} is not divisible by --heads={cfg.heads}")
     head_dim = cfg.width // cfg.heads
     need(head_dim % 4 == 0, f"--width / --heads = {head_dim} must be a multiple of 4, for 2-D rotary pairs")
-    need(0 <= cfg.drop < 1, f"--drop={cfg.drop} must be in [0, 1)")
-    need(0 <= cfg.caption_dropout <= 1, f"--caption_dropout={cfg.caption_dropout} must be in [0, 1]")
     need(len(cfg.route) > 0 or (cfg.drop == 0 and cfg.guidance != "self"), f"--route_start={cfg.route_start} and --route_end="
          f"{cfg.route_end} route no block of {cfg.depth}; without routing, --drop=0 and --guidance=cfg or none")
     need(1 <= cfg.repa_depth <= cfg.depth, f"--repa_depth={cfg.repa_depth} must be between 1 and --depth={cfg.depth}")
     for stage in cfg.stages:
         need(min(stage.image_size, stage.steps, stage.global_batch) > 0, f"--stages: {stage} has a value below 1")
         need(stage.image_size % cfg.patch == 0, f"image size {stage.image_size} is not divisible by --patch={cfg.patch}")
+        N = (stage.image_size // cfg.patch) ** 2
+        need(N > round(N * cfg.drop), f"--drop={cfg.drop} leaves none of the {N} tokens of a {stage.image_size}px image")
         need(stage.global_batch % cfg.micro_batch == 0,
              f"global batch {stage.global_batch} is not divisible by --micro_batch={cfg.micro_batch}")
     need(cfg.frozen != "scene", "--frozen=scene: the scene teacher is not built yet; use --frozen=none, random or pretrained")
@@ -887,12 +897,15 @@ def is_held_out(key: str) -> bool:
 def read_manifest(folder: str) -> dict:
     """The manifest of a data folder; raises UserError where there is none."""
     try:
-        return json.loads((Path(folder) / "manifest.json").read_text())
-    except FileNotFoundError:
+        manifest = json.loads((Path(folder) / "manifest.json").read_text())
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"no data at {folder}: make it with `python scenes.py make --out={folder}` or "
                         f"`python data_prep.py build --source=DIR --out={folder}`, or point --data elsewhere") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{folder}/manifest.json is damaged ({error}): build the data again") from None
+    if not isinstance(manifest, dict) or not {"sizes", "rows", "prompts"} <= manifest.keys():
+        raise UserError(f"{folder}/manifest.json is damaged (it lacks sizes, rows or prompts): build the data again")
+    return manifest
 
 
 def decode_image(data: bytes, size: int) -> np.ndarray:
@@ -947,7 +960,7 @@ class Chunks(torch.utils.data.Dataset):
             weights = np.array([float(w) if w else len(s.train) for (_, _, w), s in zip(folders, self.sets)])
         except ValueError:
             raise UserError(f"--data={cfg.data}: a weight is not a number") from None
-        if (weights <= 0).any():
+        if not ((weights > 0) & (weights < math.inf)).all():
             raise UserError(f"--data={cfg.data}: weights must be positive")
         self.cfg, self.stage, self.first_row = cfg, stage, first_row
         # Slot k of the mix goes to the set that is furthest behind its share.
@@ -1090,7 +1103,11 @@ def save_checkpoint(folder: Path, state: dict, cfg: Config, step: int, data: dic
 
 def load_checkpoint_state(path: Path, state: dict) -> None:
     """Fill `state` from a checkpoint folder, whatever the number of ranks that wrote it; raises UserError on other shapes."""
-    found = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    damaged = f"checkpoint {path} is damaged: delete it, and the same command continues from the one before"
+    try:
+        found = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    except Exception:  # its metadata are pickled, and a damaged pickle raises almost anything
+        raise UserError(damaged) from None
     for group in ("model", "ema", "optimizer"):
         for name, value in state[group].items():
             for key, tensor in value.items() if isinstance(value, dict) else [("", value)]:
@@ -1100,7 +1117,10 @@ def load_checkpoint_state(path: Path, state: dict) -> None:
                 if tuple(found[full_name].size) != tuple(tensor.shape):
                     raise UserError(f"checkpoint {path}: {full_name} has shape {tuple(found[full_name].size)}, "
                                     f"but this model's is {tuple(tensor.shape)}")
-    dcp.load(state, checkpoint_id=path)
+    try:
+        dcp.load(state, checkpoint_id=path)
+    except dcp.api.CheckpointException:
+        raise UserError(damaged) from None
 
 
 def write_ema(path: Path, ema: EMA, cfg: Config, step: int, data: dict) -> None:
@@ -1128,15 +1148,21 @@ def find_resume(cfg: Config, resume: str, run: Path, data: dict) -> Path | None:
 
     if resume not in ("auto", "never"):
         path = Path(resume)
-        if (path / "run.json").exists():
+        if not (path / "run.json").exists():
+            if not checkpoints(path):
+                raise UserError(f"--resume={resume}: neither a checkpoint nor a run with one")
+            path = checkpoints(path)[-1]
+        if not checkpoints(run) or path.resolve() == checkpoints(run)[-1].resolve():
             return path
-        if checkpoints(path):
-            return checkpoints(path)[-1]
-        raise UserError(f"--resume={resume}: neither a checkpoint nor a run with one")
+        if path.resolve().is_relative_to(run.resolve()):
+            raise UserError(f"--resume={resume}: {run} has later checkpoints, which this would lose; choose another --name")
     if resume == "never" or not checkpoints(run):
         return None
     last = checkpoints(run)[-1]
-    saved = json.loads((last / "run.json").read_text())
+    try:
+        saved = json.loads((last / "run.json").read_text())
+    except (OSError, json.JSONDecodeError):
+        raise UserError(f"checkpoint {last} is damaged: delete it, and the same command continues from the one before") from None
     options = "choose another --name, start over with --resume=never, or continue on purpose with --resume=PATH"
     if saved["source"] != SOURCE_HASH:
         raise UserError(f"{run} was trained by another version of the source: {options}")
@@ -1394,7 +1420,10 @@ def open_run(cfg: Config, resume: str, data: dict) -> tuple[Path, Path | None, o
     checkpoint = find_resume(cfg, resume, run, data)
     lock = None
     if dist.get_rank() == 0:
-        run.parent.mkdir(exist_ok=True)
+        try:
+            run.parent.mkdir(exist_ok=True)
+        except FileExistsError:
+            raise UserError(f"{run.parent} is a file, and runs need a folder of that name") from None
         lock = run.with_name(f".{cfg.name}.lock").open("w")  # beside the folder, which --resume=never renames
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -1534,7 +1563,7 @@ def train(cfg: Config, resume: str, device: torch.device, mesh: DeviceMesh) -> N
                 meter.reset()
 
     # Finish
-    if stop:
+    if stop and step < end:
         log.write(f"stopped by a signal at step {step} of {end}; the same command continues")
         raise SystemExit(128 + signal.SIGTERM)
     log.write(f"finished at step {step}: {run}/ema.safetensors, samples in {run}/samples")

@@ -29,9 +29,9 @@ PRELOADED = ["pytest", "torch", "torch._dynamo", "torch.distributed.fsdp", "torc
 PATIENCE = 90  # seconds for any one command
 
 # A model and a schedule small enough for 20 steps a second; `data` is added by the fixture `tiny`. 4 chunks a step.
-TINY = ["--preset=demo", "--stages=32:20:16:1", "--micro_batch=4", "--width=32", "--depth=3", "--heads=2", "--bottleneck=16",
-        "--patch=8", "--route_start=1", "--route_end=2", "--repa_depth=2", "--text_dim=32", "--compile=0", "--log_every=1",
-        "--repa_dim=16", "--sample_steps=2", "--eval_every=0", "--sample_every=0", "--save_every=0"]
+TINY = ["--preset=demo", "--stages=32:20:16:1", "--micro_batch=4", "--patch=8", "--bottleneck=16", "--width=32",
+        "--depth=3", "--heads=2", "--route_start=1", "--route_end=2", "--text_dim=32", "--repa_depth=2", "--repa_dim=16",
+        "--compile=0", "--log_every=1", "--sample_steps=2", "--eval_every=0", "--sample_every=0", "--save_every=0"]
 
 
 class Result(NamedTuple):
@@ -75,6 +75,9 @@ def fork_context():
     return context
 
 
+UNDER_WAY: list["Running"] = []
+
+
 class Running:
     """A command under way on one or more ranks."""
 
@@ -89,12 +92,12 @@ class Running:
             port = probe.getsockname()[1]
         self.processes = []
         for rank in range(ranks):
-            ranked = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks,
-                      "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} if ranks > 1 else {}
-            process = fork_context().Process(target=as_script, args=(
-                script, list(flags), str(cwd), {k: str(v) for k, v in {**ranked, **env}.items()}, str(self.out), str(self.err)))
-            process.start()
-            self.processes.append(process)
+            ranked = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),
+                      "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} if ranks > 1 else {}
+            arguments = script, flags, str(cwd), {**ranked, **env}, str(self.out), str(self.err)
+            self.processes.append(fork_context().Process(target=as_script, args=arguments))
+            self.processes[-1].start()
+        UNDER_WAY.append(self)
 
     def wait(self) -> Result:
         deadline = time.monotonic() + PATIENCE
@@ -193,6 +196,15 @@ def different(a: dict, b: dict) -> list[str]:
             or a[name].numpy().tobytes() != b[name].numpy().tobytes()]
 
 
+@pytest.fixture(autouse=True)
+def nothing_left_running():
+    """Commands that a failed test did not wait for are ended."""
+    yield
+    for running in UNDER_WAY:
+        running.kill(signal.SIGKILL)
+    UNDER_WAY.clear()
+
+
 @pytest.fixture(scope="session")
 def data(tmp_path_factory) -> Path:
     """300 scenes at 32 and 64 px; three or so of them are held out."""
@@ -212,11 +224,12 @@ def networks(tmp_path_factory) -> Path:
     """Tiny networks of the real classes, with weights: t5gemma/ with a tokenizer, dinov3/, dinov2/."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import (Dinov2WithRegistersConfig, Dinov2WithRegistersModel, DINOv3ViTConfig, DINOv3ViTModel,
-                              PreTrainedTokenizerFast, T5GemmaConfig, T5GemmaForConditionalGeneration, T5GemmaModuleConfig)
+    from transformers import (
+        Dinov2WithRegistersConfig, Dinov2WithRegistersModel, DINOv3ViTConfig, DINOv3ViTModel, PreTrainedTokenizerFast,
+        T5GemmaConfig, T5GemmaForConditionalGeneration, T5GemmaModuleConfig)
 
     folder = tmp_path_factory.mktemp("networks")
-    words = "<pad> <eos> <bos> <unk> a in the on background top bottom left right large small red blue circle square".split()
+    words = "<pad> <eos> <bos> <unk> a in the on background top bottom left right large small red blue circle".split()
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>",
@@ -229,5 +242,6 @@ def networks(tmp_path_factory) -> Path:
         vocab_size=len(words))).save_pretrained(folder / "t5gemma")
     DINOv3ViTModel(DINOv3ViTConfig(**shape, intermediate_size=48, num_register_tokens=4, patch_size=16,
                                    image_size=64)).save_pretrained(folder / "dinov3")
-    Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**shape, patch_size=14, image_size=56)).save_pretrained(folder / "dinov2")
+    Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**shape, patch_size=14,
+                                                       image_size=56)).save_pretrained(folder / "dinov2")
     return folder

@@ -50,9 +50,9 @@ def drawn(tmp_path_factory) -> tuple[np.ndarray, np.ndarray]:
     assert result.status == 0 and "12 of 12 images" in result.stdout, result
 
     # patch 16: a step takes a fifth of what it does at patch 8, and 12 pictures need no finer tokens
-    train(cwd, "--preset=demo", "--name=mine", "--data=data", f"--stages={SIZE}:400:12:0", "--micro_batch=12", "--patch=16",
-          "--bottleneck=128", "--depth=4", "--route_end=3", "--repa_weight=0", "--compile=0", "--save_every=0", "--eval_every=0",
-          "--sample_every=0")
+    train(cwd, "--preset=demo", "--name=mine", "--data=data", f"--stages={SIZE}:400:12:0", "--micro_batch=12",
+          "--patch=16", "--bottleneck=128", "--depth=4", "--route_end=3", "--repa_weight=0", "--compile=0",
+          "--save_every=0", "--eval_every=0", "--sample_every=0")
 
     (cwd / "prompts.txt").write_text("\n".join(PHOTOS.values()))
     result = run(cwd, "sample.py", "--checkpoint=runs/mine", "--prompts=prompts.txt", "--out=sheet.png")
@@ -60,7 +60,8 @@ def drawn(tmp_path_factory) -> tuple[np.ndarray, np.ndarray]:
     sheet = np.asarray(Image.open(cwd / "sheet.png"))  # 4 columns, each picture three times as large
     height, width = sheet.shape[0] // 3, sheet.shape[1] // 4
     pictures = [sheet[i // 4 * height + 5 :, i % 4 * width + 5 :][: 3 * SIZE : 3, : 3 * SIZE : 3] for i in range(12)]
-    rows = {row["key"]: np.asarray(Image.open(io.BytesIO(row["image"]))) for row in load_from_disk(str(cwd / f"data/{SIZE}"))}
+    rows = load_from_disk(str(cwd / f"data/{SIZE}"))
+    rows = {row["key"]: np.asarray(Image.open(io.BytesIO(row["image"]))) for row in rows}
     return np.stack([rows[name] for name in PHOTOS]), np.stack(pictures)
 
 

@@ -151,8 +151,8 @@ def test_scores_name_every_attribute_and_show_the_pictures(tmp_path, lively):
     assert result.status == 0, result
     model, cfg, encode_text = load_checkpoint(lively)
     held_out = scenes.make_scenes(18, 4, "held_out")
-    images = sample_images(model, encode_text, [scenes.caption(scene) for scene in held_out], list(range(4, 22)), (32, 32), 18,
-                           steps=2, guidance="cfg", scale=2.0, drop=0.5, shift=3.0)
+    images = sample_images(model, encode_text, [scenes.caption(scene) for scene in held_out], list(range(4, 22)), (32, 32),
+                           18, steps=2, guidance="cfg", scale=2.0, drop=0.5, shift=3.0)
     expected = scenes.score_scenes(images, held_out)
     assert {"colour", "place", "size", "shape", "objects", "exact"} <= expected.keys()
     assert scores(result.stdout) == {name: f"{100 * value:.1f}%" for name, value in expected.items()}
@@ -204,7 +204,7 @@ def test_an_exported_transformer_computes_what_ours_does(tmp_path, lively):
     x_t, t = torch.randn(2, 3, 32, 48), torch.tensor([0.2, 0.9])
     with torch.no_grad():
         expected, _ = ours(x_t, t, txt, txt_mask)
-        found = theirs(hidden_states=x_t, timestep=t, encoder_hidden_states=txt, attention_mask=txt_mask, return_dict=False)[0]
+        found = theirs(hidden_states=x_t, timestep=t, encoder_hidden_states=txt, attention_mask=txt_mask).sample
     assert (found - expected).norm() <= 1e-5 * expected.norm() and expected.std() > 0.05
 
     before = {path: path.read_bytes() for path in (tmp_path / "there").rglob("*") if path.is_file()}
@@ -242,8 +242,8 @@ def test_an_exported_pipeline_draws_what_we_draw(tmp_path, with_gemma):
     model, cfg, encode_text = load_checkpoint(with_gemma)
     encode_text.model = pipeline.text_encoder  # the same weights, in the pipeline's precision
     (txt, txt_mask), (null_txt, null_mask) = encode_text([PROMPT]), encode_text([""])
-    expected = generate(model, txt, txt_mask, null_txt=null_txt, null_mask=null_mask, size=(32, 48), steps=4, guidance="cfg",
-                        scale=2.5, drop=0.5, seeds=[7], shift=3.0)
+    expected = generate(model, txt, txt_mask, null_txt=null_txt, null_mask=null_mask, size=(32, 48), steps=4,
+                        guidance="cfg", scale=2.5, drop=0.5, seeds=[7], shift=3.0)
     assert (found.float().clamp(-1, 1) - expected).abs().max() <= 1e-4 and expected.std() > 0.02
 
 
