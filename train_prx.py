@@ -298,10 +298,10 @@ def check_config(cfg: Config) -> None:
     for name in ("micro_batch", "patch", "bottleneck", "width", "depth", "heads", "text_dim", "text_tokens", "ema_every",
                  "log_every", "keep", "sample_steps", "ns_steps"):
         need(getattr(cfg, name) > 0, f"--{name}={getattr(cfg, name)} must be at least 1")
-    for name in ("lr", "adam_lr", "grad_clip", "mlp_ratio", "rope_theta", "shift", "noise_scale", "adam_eps"):
+    for name in ("grad_clip", "mlp_ratio", "rope_theta", "shift", "noise_scale", "adam_eps"):
         need(0 < getattr(cfg, name) < math.inf, f"--{name}={getattr(cfg, name)} must be a number above 0")
-    for name in ("max_steps", "warmup", "workers", "t_power", "repa_weight", "lpips_weight", "pdino_weight", "price",
-                 "eval_every", "sample_every", "save_every", "scale"):
+    for name in ("lr", "adam_lr", "max_steps", "warmup", "workers", "t_power", "repa_weight", "lpips_weight", "pdino_weight",
+                 "price", "eval_every", "sample_every", "save_every", "scale"):
         need(0 <= getattr(cfg, name) < math.inf, f"--{name}={getattr(cfg, name)} must be a number of at least 0")
     for name in ("drop", "ema", "momentum"):
         need(0 <= getattr(cfg, name) < 1, f"--{name}={getattr(cfg, name)} must be in [0, 1)")

@@ -186,6 +186,20 @@ def test_resume_from_a_path_starts_a_run_of_another_name_where_that_run_stood(fi
     assert contents(finished / "runs/try") == before
 
 
+def test_going_back_inside_a_run_is_refused_because_it_would_lose_what_came_after(finished, tiny):
+    before = contents(finished / "runs/try")
+    result = run(finished, "train_prx.py", *tiny, "--name=try", "--lr=1e-3", "--resume=runs/try/checkpoints/step_000012")
+    assert "choose another --name" in result.error() and contents(finished / "runs/try") == before
+
+
+@pytest.mark.parametrize("file", ["run.json", ".metadata", "__0_0.distcp"])
+def test_a_damaged_checkpoint_is_named(tmp_path, tiny, file):
+    folder = train(tmp_path, *tiny, "--max_steps=3")
+    damaged = folder / "checkpoints/step_000003" / file
+    damaged.write_bytes(damaged.read_bytes()[: damaged.stat().st_size // 2])
+    assert "step_000003 is damaged" in run(tmp_path, "train_prx.py", *tiny, "--max_steps=5").error()
+
+
 def test_resume_never_renames_the_old_run(finished, tiny, unbroken):
     before = contents(finished / "runs/try")
     for n in (1, 2):
@@ -318,6 +332,10 @@ def test_the_record_recipe_takes_its_weights_from_folders(tmp_path, record, netw
 MISTAKES = {  # what is wrong -> (flags, what the one line must say)
     "unknown flag": (["--widht=64"], ["--widht", "did you mean --width?"]),
     "not a number": (["--width=wide"], ["--width", "'wide' is not a whole number"]),
+    "not a number at all": (["--lr=nan"], ["--lr=nan"]),
+    "an average of more than all": (["--ema=2"], ["--ema=2.0", "[0, 1)"]),
+    "no token left": (["--drop=0.99"], ["--drop=0.99", "none of the"]),
+    "a name that is a folder above": (["--name=.."], ["--name=.."]),
     "not a boolean": (["--compile=maybe"], ["--compile", "'maybe' is not 0 or 1"]),
     "no such choice": (["--guidance=sel"], ["--guidance", "'self'"]),
     "no such preset": (["--preset=recrd"], ["--preset", "'record'"]),
