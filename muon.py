@@ -29,8 +29,9 @@ ADAM_DEFAULTS = dict(lr=1e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
 def newton_schulz(G: Tensor, steps: int) -> Tensor:
     """Push the singular values of each matrix in `G` [..., m, n] towards 1, in the dtype of `G`.
 
-    Returns [..., m, n] with the singular vectors of `G` and, after 5 steps, singular values of about 0.7 to 1.2: an
-    approximation of the polar factor U V^T by `steps` quintic iterations X <- aX + (bA + cA^2)X with A = X X^T.
+    Returns [..., m, n] with the singular vectors of `G`: an approximation of the polar factor U V^T by `steps` quintic
+    iterations X <- aX + (bA + cA^2)X with A = X X^T. After 5 steps no singular value is above 1.21, and those that were
+    at least 1 / 760 of the Frobenius norm are above 0.6; smaller ones stay smaller, as in torch.optim.Muon.
     """
     a, b, c = NS_COEFFICIENTS
     X = G.reshape(-1, *G.shape[-2:])  # [..., m, n] -> [K, m, n]
