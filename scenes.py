@@ -12,13 +12,15 @@ Some (colour, shape) pairs are held out: no training scene shows them, so drawin
 Lengths are in cells (a cell is a quarter of the picture, size / 2 pixels wide), x to the right and y down, so a scene
 is the same picture at every size. Colours are sRGB, 0 to 255.
 """
+import hashlib
 import io
 import math
+import os
 import random
 from argparse import ArgumentTypeError
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -274,13 +276,16 @@ def score_scenes(images, scenes: list[Scene]) -> dict[str, float]:
 # ---------------------------------------------------------------------------------------------------------------------
 # Command line
 
-def rows(n: int, sizes: list[int], seed: int, level: str) -> Iterator[dict]:
-    """`n` training scenes as the rows that data_prep.write_dataset takes."""
-    for i in range(n):
-        scene = make_scene(i, seed, "train", level)
-        yield {"key": f"scenes-{level}-{seed}-train-{i:06d}",
-               "images": {size: png(render(scene, size)) for size in sizes},
-               "caption": caption(scene), "caption_short": caption(scene, short=True), "source": f"scenes:{level}"}
+def make_rows(sizes: list[int], seed: int, level: str, part, dropped) -> Iterator[dict]:
+    """The training scenes of a part, whose content is their numbers, as data_prep.write_dataset takes them."""
+    from data_prep import tick
+
+    for i in part.content:
+        tick()
+        scene, key = make_scene(i, seed, "train", level), f"scenes-{level}-{seed}-train-{i:06d}"
+        yield {"key": key, "images": {size: png(render(scene, size)) for size in sizes}, "caption": caption(scene),
+               "caption_short": caption(scene, short=True), "source": f"scenes:{level}",
+               "digest": hashlib.sha256(key.encode()).digest()[:16]}
 
 
 def png(picture: np.ndarray) -> bytes:
@@ -299,7 +304,7 @@ def size_list(text: str) -> list[int]:
 
 def main(argv: list[str]) -> None:
     # Imported here: the rest of this file needs no torch, and train_prx.py may then import it.
-    from data_prep import write_dataset
+    from data_prep import ROWS_A_PART, Part, write_dataset
     from train_prx import Parser, UserError
 
     parser = Parser(prog="scenes.py", description="Make a data set of procedural captioned pictures.")
@@ -314,9 +319,18 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--rows={args.rows}: need 1 or more")
     if args.level not in LEVELS:
         raise UserError(f"--level={args.level}: valid is {', '.join(LEVELS)}; race and solo come with the records track")
-    prompts = [caption(scene) for scene in make_scenes(16, args.seed, "held_out", args.level)]
-    write_dataset(args.out, rows(args.rows, args.size, args.seed, args.level), args.size, source=f"scenes:{args.level}",
-                  revision=f"seed {args.seed}", prompts=prompts, total=args.rows)
+    settings = {"source": f"scenes:{args.level}", "revision": f"seed {args.seed}", "sizes": args.size}
+
+    source_hash = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+
+    def parts(finished) -> Iterator[Part]:
+        for first in range(0, args.rows, ROWS_A_PART):
+            numbers = range(first, min(first + ROWS_A_PART, args.rows))
+            yield Part(str(numbers), source_hash, len(numbers), numbers)
+
+    write_dataset(args.out, parts, partial(make_rows, args.size, args.seed, args.level), settings=settings, total=args.rows,
+                  prompts=[caption(scene) for scene in make_scenes(16, args.seed, "held_out", args.level)],
+                  workers=len(os.sched_getaffinity(0)))
 
 
 if __name__ == "__main__":

@@ -41,7 +41,6 @@ import gc
 import hashlib
 import html
 import inspect
-import io
 import json
 import logging
 import math
@@ -54,11 +53,12 @@ import sys
 import textwrap
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import safetensors.torch
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -92,6 +92,7 @@ class Stage:
     steps: int  # optimizer steps
     global_batch: int  # images an optimizer step, over all GPUs
     repa: bool  # align features with the teacher in this stage
+    short: float = 0.0  # share of rows that come with their short caption: a mix at the end keeps brief prompts working
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ class Config:
     data: str = "data/flux_generated,data/flux_reason,data/midjourney"  # comma list of path[:weight]; default weight: its rows
     frozen: str = "pretrained"  # networks behind REPA, P-DINO and LPIPS: pretrained, scene, random (timing only) or none
     seed: int = 0  # decides the initial weights, the order of rows and every random number
-    stages: tuple[Stage, ...] = (Stage(512, 100_000, 1024, True), Stage(1024, 20_000, 512, False))  # size:steps:batch:repa,...
+    stages: tuple[Stage, ...] = (Stage(512, 100_000, 1024, True), Stage(1024, 20_000, 512, False))  # size:steps:batch:repa[:short],...
     micro_batch: int = 16  # rows of a chunk: what one GPU holds at a time; part of the run's identity
     max_steps: int = 0  # stop after this many steps without bending the schedule; 0: run all stages
     device: str = "auto"  # cpu, cuda, or auto: cuda where there is one
@@ -242,11 +243,13 @@ def run_main(main: Callable[[list[str]], None]) -> None:
 
 
 def parse_stages(text: str) -> tuple[Stage, ...]:
-    """"512:100000:1024:1,1024:20000:512:0" -> two stages; raises ValueError."""
+    """"512:100000:1024:1,1024:20000:512:0:0.5" -> two stages; raises ValueError or KeyError."""
     stages = []
     for part in text.split(","):
-        image_size, steps, global_batch, repa = (int(x) for x in part.split(":"))
-        stages.append(Stage(image_size, steps, global_batch, {0: False, 1: True}[repa]))
+        image_size, steps, global_batch, repa, *short = part.split(":")
+        stages.append(Stage(int(image_size), int(steps), int(global_batch), {"0": False, "1": True}[repa], *map(float, short)))
+        if len(short) > 1:
+            raise ValueError(part)
     return tuple(stages)
 
 
@@ -261,8 +264,8 @@ def parse_value(name: str, kind: type, text: str):
         if kind is bool:
             return {"0": False, "false": False, "1": True, "true": True}[text.lower()]
         return kind(text)
-    except (ValueError, KeyError):
-        form = {"stages": "image_size:steps:global_batch:repa, comma separated, repa 0 or 1", "adam_betas": "two numbers"}
+    except (ValueError, KeyError, TypeError):
+        form = {"stages": "image_size:steps:global_batch:repa[:short], comma separated, repa 0 or 1", "adam_betas": "two numbers"}
         wanted = form.get(name) or {bool: "0 or 1", int: "a whole number", float: "a number"}[kind]
         raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}") from None
 
@@ -277,7 +280,7 @@ def parse_config(argv: list[str]) -> tuple[Config, str]:
     for f in dataclasses.fields(Config):
         shown = f.default
         if f.name == "stages":
-            shown = ",".join(":".join(str(int(x)) for x in dataclasses.astuple(stage)) for stage in f.default)
+            shown = ",".join(":".join(f"{x:g}" for x in dataclasses.astuple(stage)) for stage in f.default)
         parser.add_argument(f"--{f.name}", type=functools.partial(parse_value, f.name, f.type), choices=CHOICES.get(f.name),
                             default=argparse.SUPPRESS, metavar=f.name.upper() if f.name not in CHOICES else None,
                             help=f"{comments[f.name].replace('%', '%%')} (default: {shown})")
@@ -316,6 +319,7 @@ def check_config(cfg: Config) -> None:
     need(1 <= cfg.repa_depth <= cfg.depth, f"--repa_depth={cfg.repa_depth} must be between 1 and --depth={cfg.depth}")
     for stage in cfg.stages:
         need(min(stage.image_size, stage.steps, stage.global_batch) > 0, f"--stages: {stage} has a value below 1")
+        need(0 <= stage.short <= 1, f"--stages: {stage}: short is a share, from 0 to 1")
         need(stage.image_size % cfg.patch == 0, f"image size {stage.image_size} is not divisible by --patch={cfg.patch}")
         N = (stage.image_size // cfg.patch) ** 2
         need(N > round(N * cfg.drop), f"--drop={cfg.drop} leaves none of the {N} tokens of a {stage.image_size}px image")
@@ -674,7 +678,12 @@ def load_pretrained(loader, model_id: str, **kwargs):
 
 
 class T5GemmaText:
-    """The frozen T5Gemma encoder: last hidden state of up to L tokens, padded to L and masked."""
+    """The frozen T5Gemma encoder: last hidden state of up to L tokens, padded to L and masked.
+
+    It computes no padding: prompts lie one after the other in one sequence, each attends to itself alone.
+    """
+
+    PACK = 4096  # tokens of one forward: enough to fill a GPU, and a mask of 4096 x 4096
 
     def __init__(self, cfg: Config, device: torch.device):
         from transformers import AutoConfig, AutoTokenizer, T5GemmaEncoderModel
@@ -689,18 +698,52 @@ class T5GemmaText:
             loader, cfg.text_encoder, **how, attn_implementation="eager", output_loading_info=True,
             dtype=torch.bfloat16 if cfg.precision == "bf16" else torch.float32)
         self.model = model.eval().requires_grad_(False).to(device)
-        hidden = model.config.hidden_size if alone else model.config.encoder.hidden_size
-        if hidden != cfg.text_dim:
-            raise UserError(f"{cfg.text_encoder} gives {hidden}-dim latents, not {cfg.text_dim}: pass --text_dim={hidden}")
+        self.dim = model.config.hidden_size if alone else model.config.encoder.hidden_size
+
+    def tokenize(self, prompts: list[str]) -> list[list[int]]:
+        """Token ids of each prompt, cut at L."""
+        prompts = [html.unescape(html.unescape(p)).strip() for p in prompts]  # PRX's light cleaning
+        return self.tokenizer(prompts, truncation=True, max_length=self.max_length)["input_ids"]
+
+    def packs(self, ids: list[list[int]]) -> Iterator[list[list[int]]]:
+        """Consecutive prompts that one forward takes together."""
+        pack = []
+        for tokens in ids:
+            if sum(map(len, pack)) + len(tokens) > self.PACK:
+                yield pack
+                pack = []
+            pack.append(tokens)
+        yield pack
 
     @torch.no_grad()
+    def encode(self, pack: list[list[int]]) -> Tensor:
+        """Latents of the prompts' tokens one after the other: [T, D], T the sum of their lengths."""
+        lengths = torch.tensor([len(tokens) for tokens in pack])
+        prompt = torch.repeat_interleave(lengths)  # [T], the prompt of each token
+        T = len(prompt)
+        if T == 0:
+            return torch.zeros(0, self.dim, dtype=self.model.dtype, device=self.device)
+        position = torch.arange(T) - (lengths.cumsum(0) - lengths)[prompt]  # [T], within the prompt
+        ids = torch.tensor([id for tokens in pack for id in tokens])
+        ids, position, prompt = (x.to(self.device, non_blocking=True) for x in (ids, position, prompt))
+        apart = prompt[:, None] != prompt  # [T, T]
+        mask = torch.zeros(1, 1, T, T, dtype=self.model.dtype, device=self.device)
+        mask.masked_fill_(apart, torch.finfo(mask.dtype).min)
+        masks = {"full_attention": mask, "sliding_attention": mask}  # its window, 4096, is wider than any prompt
+        return self.model(input_ids=ids[None], attention_mask=masks, position_ids=position[None]).last_hidden_state[0]
+
     def __call__(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
-        prompts = [html.unescape(html.unescape(p)).strip() for p in prompts]  # PRX's light cleaning
-        tokens = self.tokenizer(prompts, padding="max_length", max_length=self.max_length, truncation=True,
-                                return_tensors="pt").to(self.device)
-        mask = tokens["attention_mask"].bool()
-        txt = self.model(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]).last_hidden_state
-        return txt * mask[:, :, None], mask
+        ids = self.tokenize(prompts)
+        latents = torch.cat([self.encode(pack) for pack in self.packs(ids)])
+        return pad_latents(latents, [len(tokens) for tokens in ids], self.max_length)
+
+
+def pad_latents(latents: Tensor, lengths: list[int], L: int) -> tuple[Tensor, Tensor]:
+    """Latents of B prompts one after the other, [sum of lengths, D] -> txt [B, L, D], 0 behind each prompt, txt_mask [B, L]."""
+    mask = torch.arange(L) < torch.tensor(lengths)[:, None]  # made on the host: no position is read back from the device
+    where, mask = (x.to(latents.device, non_blocking=True) for x in (mask.flatten().nonzero()[:, 0], mask))
+    txt = latents.new_zeros(len(lengths) * L, latents.shape[1]).index_copy_(0, where, latents)
+    return txt.unflatten(0, (len(lengths), L)), mask
 
 
 class BuiltinText:
@@ -739,8 +782,42 @@ class BuiltinText:
 
 
 def load_text_encoder(cfg: Config, device: torch.device) -> TextEncoder:
-    """The encoder that `cfg.text_encoder` names; raises UserError where it cannot be had."""
-    return BuiltinText(cfg, device) if cfg.text_encoder == "builtin" else T5GemmaText(cfg, device)
+    """The encoder that `cfg.text_encoder` names; raises UserError where it cannot be had, or is not `cfg.text_dim` wide."""
+    if cfg.text_encoder == "builtin":
+        return BuiltinText(cfg, device)
+    encoder = T5GemmaText(cfg, device)
+    if encoder.dim != cfg.text_dim:
+        raise UserError(f"{cfg.text_encoder} gives {encoder.dim}-dim latents, not {cfg.text_dim}: pass --text_dim={encoder.dim}")
+    return encoder
+
+
+class StoredPrompts:
+    """The text encoder of a run whose data holds latents: it knows the empty prompt and those of the sample grids."""
+
+    def __init__(self, cfg: Config, latents: dict[str, Tensor], device: torch.device):
+        self.max_length, self.latents, self.device = cfg.text_tokens, latents, device
+
+    def __call__(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        latents = [self.latents[prompt] for prompt in prompts]
+        return pad_latents(torch.cat(latents).to(self.device), [len(x) for x in latents], self.max_length)
+
+
+def text_folder(encoder: str) -> str:
+    """The name of the folder, inside a data folder, of the text latents that `encoder` made."""
+    return f"text-{Path(encoder).name}"
+
+
+def encoder_revision(encoder: str) -> str:
+    """What tells apart two encoders of one name: the hub's commit, or the sha256 of a local folder's files."""
+    from transformers import AutoConfig
+
+    if not Path(encoder).is_dir():
+        return load_pretrained(AutoConfig, encoder)._commit_hash
+    digest = hashlib.sha256()
+    for file in sorted(Path(encoder).glob("*.json")) + sorted(Path(encoder).glob("*.safetensors")):
+        with open(file, "rb") as opened:
+            digest.update(hashlib.file_digest(opened, "sha256").digest())
+    return digest.hexdigest()
 
 
 class Dino:
@@ -903,23 +980,64 @@ def read_manifest(folder: str) -> dict:
                         f"`python data_prep.py build --source=DIR --out={folder}`, or point --data elsewhere") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{folder}/manifest.json is damaged ({error}): build the data again") from None
-    if not isinstance(manifest, dict) or not {"sizes", "rows", "prompts"} <= manifest.keys():
-        raise UserError(f"{folder}/manifest.json is damaged (it lacks sizes, rows or prompts): build the data again")
+    if not isinstance(manifest, dict) or not {"sizes", "rows", "shards", "prompts"} <= manifest.keys():
+        raise UserError(f"{folder}/manifest.json is damaged (it lacks sizes, rows, shards or prompts): build the data again")
     return manifest
 
 
-def decode_image(data: bytes, size: int) -> np.ndarray:
-    """JPEG or PNG bytes -> uint8 [size, size, 3], scaled down where the stored picture is larger."""
-    image = Image.open(io.BytesIO(data)).convert("RGB")
-    if image.size != (size, size):
-        image = image.resize((size, size), Image.Resampling.BICUBIC, reducing_gap=2.0)
-    return np.asarray(image)
+def check_files(folder: Path, shards: dict[str, dict], remedy: str) -> None:
+    """Raise UserError, with the remedy, for a shard that is not what the manifest says.
+
+    By its size in bytes; what is under 1 GB in all by sha256 too, which takes a second. `data_prep.py check` reads all.
+    """
+    hashed = sum(shard["bytes"] for shard in shards.values()) < 1 << 30
+    for name, shard in shards.items():
+        file = folder / name
+        if not file.exists():
+            raise UserError(f"{file} is missing: {remedy}")
+        same = file.stat().st_size == shard["bytes"]
+        if not same or hashed and hashlib.sha256(file.read_bytes()).hexdigest() != shard["sha256"]:
+            raise UserError(f"{file} has changed since it was made: {remedy} (`python data_prep.py check` lists all that is wrong)")
+
+
+def decode_image(data, size: int) -> Tensor:
+    """A JPEG or PNG file's bytes -> uint8 [size, size, 3], scaled down where the picture is larger; raises RuntimeError."""
+    import torchvision
+
+    image = torchvision.io.decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), torchvision.io.ImageReadMode.RGB)
+    if image.shape[1:] != (size, size):
+        image = F.interpolate(image[None], (size, size), mode="bicubic", antialias=True)[0]
+    return image.permute(1, 2, 0)  # [3, S, S] -> [S, S, 3], as it lies in memory
+
+
+@functools.lru_cache(maxsize=None)
+def open_latents(file: Path) -> tuple:
+    """A memory-mapped file of latents and, by caption kind, where each row's end."""
+    opened = safetensors.safe_open(file, "pt")
+    return opened, {kind: F.pad(opened.get_tensor(f"{kind}_ends"), (1, 0)) for kind in ("caption", "caption_short")}
+
+
+class TextLatents:
+    """The latents of a data folder's captions as `data_prep.py embed` stored them: bf16, one after the other, no padding."""
+
+    def __init__(self, folder: Path, shards: dict[str, dict], prompts: list[str]):
+        self.files = [folder / name for name in shards if name != "prompts.safetensors"]
+        self.first_row = np.cumsum([0, *(shards[file.name]["rows"] for file in self.files)])
+        stored = safetensors.torch.load_file(folder / "prompts.safetensors")
+        self.prompts = dict(zip(["", *prompts], stored["latents"].tensor_split(stored["ends"][:-1])))
+
+    def read(self, row: int, kind: str) -> Tensor:
+        """Latents of a row's `caption` or `caption_short`: [its tokens, D], consecutive on disk."""
+        shard = int(np.searchsorted(self.first_row, row, side="right")) - 1
+        opened, ends = open_latents(self.files[shard])
+        begin, end = ends[kind][row - self.first_row[shard] :][:2]
+        return opened.get_slice(kind)[begin:end]
 
 
 class RowSet:
-    """One data folder at one image size, memory-mapped: rows to train on, and rows held out."""
+    """One data folder at one image size: rows to train on, rows held out, and the text latents if there are any."""
 
-    def __init__(self, folder: str, image_size: int):
+    def __init__(self, folder: str, cfg: Config, image_size: int):
         import datasets
 
         self.folder, self.image_size = folder, image_size
@@ -929,19 +1047,58 @@ class RowSet:
             raise UserError(f"{folder} has sizes {self.manifest['sizes']}, but a stage trains at {image_size}px: "
                             f"build it again with --size={image_size}, or change --stages")
         self.stored_size = usable[0]
+        shards = {name: shard for name, shard in self.manifest["shards"].items() if name.startswith(f"{self.stored_size}/")}
+        check_files(Path(folder), shards, "build the data again")
         try:
-            self.rows = datasets.load_from_disk(f"{folder}/{self.stored_size}")
+            table = datasets.load_from_disk(f"{folder}/{self.stored_size}").data  # memory-mapped
         except (OSError, ValueError) as error:
             raise UserError(f"cannot open {folder}/{self.stored_size} ({error}): build the data again") from None
-        held_out = np.array([is_held_out(key) for key in self.rows["key"]], dtype=bool)
+        self.columns = {name: table[name] for name in ("image", "caption", "caption_short", "key")}
+        held_out = np.array([is_held_out(key) for chunk in self.columns["key"].chunks for key in chunk.to_pylist()], dtype=bool)
         self.train, self.held_out = np.flatnonzero(~held_out), np.flatnonzero(held_out)
         if len(self.train) == 0:
             raise UserError(f"{folder} has no rows to train on")
+        self.latents = self.find_latents(cfg)
 
-    def read(self, row: int) -> dict:
-        """One row: image uint8 [S, S, 3], caption, key."""
-        record = self.rows[int(row)]
-        return {"image": decode_image(record["image"], self.image_size), "caption": record["caption"], "key": record["key"]}
+    def find_latents(self, cfg: Config) -> TextLatents | None:
+        """The latents by the run's encoder; raises UserError where there are only such by another one."""
+        stored = self.manifest.get("text", {})
+        if cfg.text_encoder == "builtin" or not stored:
+            return None
+        name = text_folder(cfg.text_encoder)
+        again = f"make them with `python data_prep.py embed --data={self.folder} --encoder={cfg.text_encoder}`"
+        text = stored.get(name)
+        if text is None or not (text["encoder"] == cfg.text_encoder or Path(cfg.text_encoder).is_dir()):
+            others = ", ".join(text["encoder"] for text in stored.values())
+            raise UserError(f"{self.folder} has text latents by {others}, not by {cfg.text_encoder}: {again}, or pass that --text_encoder")
+        if Path(cfg.text_encoder).is_dir() and encoder_revision(cfg.text_encoder) != text["revision"]:
+            raise UserError(f"{self.folder}/{name} was made by other weights than those in {cfg.text_encoder}: delete it and {again}")
+        for flag, value, ours in (("text_dim", text["dim"], cfg.text_dim), ("text_tokens", text["tokens"], cfg.text_tokens)):
+            if value != ours:
+                raise UserError(f"{self.folder}/{name} was made with {flag} {value}, not {ours}: pass --{flag}={value}")
+        check_files(Path(self.folder) / name, text["shards"], f"delete {self.folder}/{name} and {again}")
+        return TextLatents(Path(self.folder) / name, text["shards"])
+
+    def read(self, row: int, kind: str | None = "caption") -> dict:
+        """One row: image uint8 [S, S, 3], key, the caption of the given kind (None: the empty prompt), its latents or None.
+
+        Raises RuntimeError where the image does not decode.
+        """
+        row, latents = int(row), None
+        if self.latents:
+            latents = self.latents.read(row, kind) if kind else self.latents.prompts[""]
+        return {"image": decode_image(self.columns["image"][row].as_buffer(), self.image_size), "latents": latents,
+                "caption": self.columns[kind][row].as_py() if kind else "", "key": self.columns["key"][row].as_py()}
+
+
+def collate(rows: list[dict]) -> dict:
+    """B rows -> images uint8 [B, 3, H, W], captions, keys and, if all have them, latents [sum of lengths, D], lengths."""
+    images = torch.stack([row["image"] for row in rows]).permute(0, 3, 1, 2)  # [B, H, W, 3] -> [B, 3, H, W]
+    chunk = {"images": images, "captions": [row["caption"] for row in rows], "keys": [row["key"] for row in rows]}
+    latents = [row["latents"] for row in rows]
+    if all(x is not None for x in latents):
+        chunk |= {"latents": torch.cat(latents), "lengths": [len(x) for x in latents]}
+    return chunk
 
 
 class Chunks(torch.utils.data.Dataset):
@@ -952,10 +1109,11 @@ class Chunks(torch.utils.data.Dataset):
     """
 
     SLOTS = 1_000  # the mix repeats after this many rows, so weights are met to one in a thousand
+    TRIES = 3  # rows in a row that may be unreadable
 
     def __init__(self, cfg: Config, stage: Stage, first_row: int):
         folders = [part.partition(":") for part in cfg.data.split(",")]
-        self.sets = [RowSet(folder, stage.image_size) for folder, _, _ in folders]
+        self.sets = [RowSet(folder, cfg, stage.image_size) for folder, _, _ in folders]
         try:
             weights = np.array([float(w) if w else len(s.train) for (_, _, w), s in zip(folders, self.sets)])
         except ValueError:
@@ -974,27 +1132,40 @@ class Chunks(torch.utils.data.Dataset):
         self.slots_of = given
         self.permutations: dict[int, tuple[int, np.ndarray]] = {}  # set -> (epoch, order), the one in use
 
-    def locate(self, position: int) -> tuple[RowSet, int]:
-        """Position in the run's stream of rows -> (set, row)."""
+    def locate(self, position: int) -> tuple[RowSet, np.ndarray, int]:
+        """Position in the run's stream of rows -> the set, its order of rows in this epoch, and the place in that order."""
         cycle, slot = divmod(position, self.SLOTS)
         s = int(self.slot_set[slot])
         epoch, i = divmod(cycle * int(self.slots_of[s]) + int(self.slot_rank[slot]), len(self.sets[s].train))
         if self.permutations.get(s, (None,))[0] != epoch:
             order = np.random.default_rng(tag_seed(self.cfg.seed, "order", s, epoch)).permutation(self.sets[s].train)
             self.permutations[s] = epoch, order
-        return self.sets[s], int(self.permutations[s][1][i])
+        return self.sets[s], self.permutations[s][1], i
+
+    def read(self, position: int, kind: str | None) -> dict:
+        """The row at a position of the stream or, where its image is damaged, the next of its epoch, said on stderr."""
+        s, order, place = self.locate(position)
+        for row in order.take(range(place, place + self.TRIES), mode="wrap"):
+            try:
+                return s.read(row, kind)
+            except RuntimeError:
+                print(f"warning: {s.folder}/{s.stored_size} row {row} does not decode and is passed over: "
+                      f"`python data_prep.py check --data={s.folder}`", file=sys.stderr)
+        raise UserError(f"{s.folder}/{s.stored_size}: {self.TRIES} rows in a row do not decode: build the data again")
 
     def __len__(self) -> int:
         return self.stage.steps * self.stage.global_batch // self.cfg.micro_batch
 
-    def __getitem__(self, i: int) -> dict:
-        """Chunk i of the stage: images uint8 [B, 3, H, W], captions after dropout, keys."""
-        first = self.first_row + i * self.cfg.micro_batch
-        rows = [s.read(row) for s, row in map(self.locate, range(first, first + self.cfg.micro_batch))]
-        dropped = np.random.default_rng(tag_seed(self.cfg.seed, "captions", first)).random(len(rows)) < self.cfg.caption_dropout
-        images = torch.from_numpy(np.stack([row["image"] for row in rows])).permute(0, 3, 1, 2)  # [B, H, W, 3] -> [B, 3, H, W]
-        return {"images": images, "captions": ["" if drop else row["caption"] for row, drop in zip(rows, dropped)],
-                "keys": [row["key"] for row in rows]}
+    def __getitem__(self, i: int) -> "dict | UserError":
+        """Chunk i of the stage, as `collate` makes it; captions are dropped and long or short ones chosen here."""
+        first, B = self.first_row + i * self.cfg.micro_batch, self.cfg.micro_batch
+        random = np.random.default_rng(tag_seed(self.cfg.seed, "captions", first))
+        dropped, short = random.random(B) < self.cfg.caption_dropout, random.random(B) < self.stage.short
+        kinds = np.where(dropped, None, np.where(short, "caption_short", "caption"))
+        try:
+            return collate([self.read(first + k, kind) for k, kind in enumerate(kinds)])
+        except UserError as error:  # returned, since a reader process would bury it under its traceback
+            return error
 
 
 def leave_group(worker: int) -> None:
@@ -1003,16 +1174,44 @@ def leave_group(worker: int) -> None:
 
 
 def load_chunks(chunks: Chunks, order: list[int], device: torch.device) -> Iterator[dict]:
-    """Chunks in the given order, read ahead by worker processes."""
-    return iter(torch.utils.data.DataLoader(
+    """Chunks in the given order, read ahead by worker processes; on a GPU their tensors are there when they are asked for."""
+    loader = torch.utils.data.DataLoader(
         chunks, batch_size=None, sampler=order, num_workers=chunks.cfg.workers, pin_memory=device.type == "cuda",
-        prefetch_factor=2 if chunks.cfg.workers else None, worker_init_fn=leave_group))
+        prefetch_factor=2 if chunks.cfg.workers else None, worker_init_fn=leave_group)
+    copies, before = torch.cuda.Stream() if device.type == "cuda" else None, None
+    for raw in loader:
+        if isinstance(raw, UserError):
+            raise raw
+        if copies is None:
+            yield raw
+            continue
+        with torch.cuda.stream(copies):  # under the kernels of the chunk before
+            tensors = {name: x.to(device, non_blocking=True) for name, x in raw.items() if isinstance(x, Tensor)}
+            after = raw | tensors, tensors.values(), copies.record_event()
+        if before:
+            yield arrived(*before)
+        before = after
+    if before:
+        yield arrived(*before)
+
+
+def arrived(raw: dict, tensors: Iterable[Tensor], copied: torch.cuda.Event) -> dict:
+    """The chunk, for whose copies the device, not the host, waits from here on."""
+    stream = torch.cuda.current_stream()
+    stream.wait_event(copied)
+    for x in tensors:
+        x.record_stream(stream)  # its memory is another stream's, and must not be reused before this one is done
+    return raw
 
 
 def make_batch(raw: dict, encode_text: TextEncoder, device: torch.device) -> dict[str, Tensor]:
     """A chunk of rows -> x0 [B, 3, H, W] in [-1, 1], txt [B, L, D], txt_mask [B, L], on the device."""
-    txt, txt_mask = encode_text(raw["captions"])
-    x0 = raw["images"].to(device, non_blocking=True).float() / 127.5 - 1
+    if "latents" in raw:
+        txt, txt_mask = pad_latents(raw["latents"].to(device, non_blocking=True), raw["lengths"], encode_text.max_length)
+    else:
+        txt, txt_mask = encode_text(raw["captions"])
+    images = raw["images"].to(device, non_blocking=True)
+    x0 = images.to(torch.float32, memory_format=torch.contiguous_format) / 127.5 - 1
     return {"x0": x0, "txt": txt, "txt_mask": txt_mask}
 
 
@@ -1230,10 +1429,9 @@ def held_out_loss(model: PRX, sets: list[RowSet], encode_text: TextEncoder, cfg:
     errors = []
     for first in range(0, len(rows), cfg.micro_batch):
         part = rows[first : first + cfg.micro_batch]
-        images = torch.from_numpy(np.stack([row["image"] for row in part])).permute(0, 3, 1, 2)
-        batch = make_batch({"images": images, "captions": [row["caption"] for row in part]}, encode_text, device)
+        batch = make_batch(collate(part), encode_text, device)
         t = torch.tensor([(first + i + 0.5) / len(rows) for i in range(len(part))], device=device)
-        noise = [torch.randn(images.shape[1:], generator=tag_generator("cpu", "held out", row["key"])) for row in part]
+        noise = [torch.randn(batch["x0"].shape[1:], generator=tag_generator("cpu", "held out", row["key"])) for row in part]
         eps = cfg.noise_scale * torch.stack(noise).to(device)
         x0_hat, _ = model(add_noise(batch["x0"], eps, t), t, batch["txt"], batch["txt_mask"])
         error = (x0_hat - batch["x0"]).square().mean(dim=(1, 2, 3))
@@ -1450,12 +1648,16 @@ def train(cfg: Config, resume: str, device: torch.device, mesh: DeviceMesh) -> N
 
     # Set up: data first, since what is missing there is cheapest to find
     stages = [(stage, first_step, Chunks(cfg, stage, first_row)) for stage, first_step, first_row in stage_spans(cfg)]
-    folders = [s.folder for s in stages[0][2].sets]
+    sets = stages[0][2].sets
+    folders = [s.folder for s in sets]
     data = {folder: hashlib.sha256((Path(folder) / "manifest.json").read_bytes()).hexdigest() for folder in folders}
     run, checkpoint, lock = open_run(cfg, resume, data)
     for turn in (0, 1):  # rank 0 first: what is downloaded is downloaded once
         if (rank == 0) == (turn == 0):
-            encode_text = load_text_encoder(cfg, device)
+            if all(s.latents for s in sets):
+                encode_text = StoredPrompts(cfg, {k: v for s in sets for k, v in s.latents.prompts.items()}, device)
+            else:
+                encode_text = load_text_encoder(cfg, device)
             frozen = load_frozen(cfg, device)
         dist.barrier()
 

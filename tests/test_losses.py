@@ -578,7 +578,7 @@ def test_the_encoder_alone_gives_the_same_latents(t5gemma, tmp_path):
     (alone, mask), (whole, _) = (T5GemmaText(t5gemma_config(path), CPU)(["red circle", ""]) for path in (tmp_path, folder))
     assert torch.equal(alone, whole) and mask.sum(1).tolist() == [3, 1]
     with pytest.raises(UserError, match="--text_dim=32"):
-        T5GemmaText(t5gemma_config(tmp_path, text_dim=2304), CPU)
+        load_text_encoder(t5gemma_config(tmp_path, text_dim=2304), CPU)
 
 
 def test_weights_that_are_not_in_the_folder_are_an_error_and_never_random(t5gemma, tmp_path):
@@ -626,7 +626,7 @@ def test_the_encoder_is_frozen_and_has_no_decoder(t5gemma):
 
 def test_a_wrong_text_dim_is_an_error_that_names_the_flag(t5gemma):
     with pytest.raises(UserError, match="--text_dim=32"):
-        T5GemmaText(t5gemma_config(t5gemma[0], text_dim=2304), CPU)
+        load_text_encoder(t5gemma_config(t5gemma[0], text_dim=2304), CPU)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
