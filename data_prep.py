@@ -633,7 +633,7 @@ def build(args) -> None:
 # Embed: text latents
 
 
-def embed_texts(encoder: T5GemmaText, texts: list[str], bar: tqdm) -> tuple[torch.Tensor, torch.Tensor]:
+def embed_texts(encoder: T5GemmaText, texts: list[str], bar: tqdm | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Latents of `texts` one after the other, bf16 [sum of lengths, D], and where each ends, int64 [texts]."""
     ids = encoder.tokenize(texts)
     ends = torch.tensor([len(tokens) for tokens in ids], dtype=torch.int64).cumsum(0)
@@ -643,47 +643,45 @@ def embed_texts(encoder: T5GemmaText, texts: list[str], bar: tqdm) -> tuple[torc
         encoded = encoder.encode(pack)
         latents[filled : filled + len(encoded)] = encoded
         filled += len(encoded)
-        bar.update(len(pack))
+        if bar:
+            bar.update(len(pack))
     return latents, ends
 
 
 def embed(args) -> None:
     """Latents of every caption, a file a shard. Any number of processes share the work: each takes shards that no other holds."""
-    manifest, rank = read_manifest(args.data), int(os.environ.get("RANK", 0))
-    name = text_folder(args.encoder)
-    folder = args.data / name
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
-    encoder = T5GemmaText(replace(Config(), text_encoder=args.encoder, text_tokens=args.text_tokens), device)
-    settings = {"encoder": args.encoder, "revision": encoder_revision(args.encoder), "tokens": args.text_tokens,
-                "dim": encoder.dim, "dtype": "bfloat16"}
-    stored = manifest.get("text", {}).get(name)
-    begun = folder / "settings.json"
-    if stored is None and begun.exists():
-        stored = json.loads(begun.read_text())
-    if stored is not None and any(stored[key] != settings[key] for key in settings):
-        raise UserError(f"{folder} was made with {stored['encoder']} at revision {stored['revision']} and {stored['tokens']} tokens: "
+    manifest, name = read_manifest(args.data), text_folder(args.encoder)
+    folder, begun = args.data / name, args.data / name / "settings.json"
+    settings = {"encoder": args.encoder, "revision": encoder_revision(args.encoder), "tokens": args.text_tokens, "dtype": "bfloat16"}
+    stored = manifest.get("text", {}).get(name) or (json.loads(begun.read_text()) if begun.exists() else settings)
+    if any(stored[key] != settings[key] for key in ("revision", "tokens")):
+        raise UserError(f"{folder} was made with {stored['encoder']}, revision {stored['revision']}, and {stored['tokens']} tokens: "
                         "delete it to make it again")
     shards = {Path(shard).stem: args.data / shard for shard in manifest["shards"] if shard.startswith(f"{manifest['sizes'][0]}/")}
+    records = {stem: folder / f"{stem}.json" for stem in ["prompts", *shards]}
     try:
         folder.mkdir(exist_ok=True)
         if name not in manifest.get("text", {}):
             write_json(begun, settings)
-        with tqdm(desc=str(folder), total=2 * manifest["rows"], unit=" captions", disable=rank > 0) as bar:
-            for stem, shard in [("prompts", None), *shards.items()]:
-                embed_shard(folder, stem, shard, manifest, encoder, bar)
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            encoder = T5GemmaText(replace(Config(), text_encoder=args.encoder, text_tokens=args.text_tokens),
+                                  torch.device(device, int(os.environ.get("LOCAL_RANK", 0))))
+            with tqdm(desc=str(folder), total=2 * manifest["rows"], unit=" captions", disable=os.environ.get("RANK", "0") != "0") as bar:
+                for stem, record in records.items():
+                    if not record.exists():
+                        embed_shard(folder, stem, shards.get(stem), manifest, encoder, bar)
+        with locked(folder / ".lock", str(folder)):
+            manifest = read_manifest(args.data)  # another process may have written it meanwhile
+            if name not in manifest.get("text", {}):
+                if not all(record.exists() for record in records.values()):
+                    return  # other processes are at work on the rest, and the last of them ends this
+                files = {f"{stem}.safetensors": json.loads(record.read_text()) for stem, record in records.items()}
+                manifest.setdefault("text", {})[name] = {**settings, "dim": encoder.dim, "shards": files}
+                write_json(args.data / "manifest.json", manifest)
+            for rest in [begun, *records.values(), *folder.glob(".[a-z]*.*")]:  # and what a killed command has left
+                rest.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error}; what is done is kept, and the same command continues") from error
-    with locked(folder / ".lock", str(folder)):
-        records = {stem: folder / f"{stem}.json" for stem in ["prompts", *shards]}
-        manifest = read_manifest(args.data)  # another process may have written it
-        if name not in manifest.get("text", {}):
-            if not all(record.exists() for record in records.values()):
-                return  # another process is at work on the rest, and will end this
-            files = {f"{stem}.safetensors": json.loads(record.read_text()) for stem, record in records.items()}
-            manifest.setdefault("text", {})[name] = {**settings, "shards": files}
-            write_json(args.data / "manifest.json", manifest)
-        for rest in [begun, *records.values()]:
-            rest.unlink(missing_ok=True)
     print(f"{folder}: latents of {manifest['rows']} rows by {args.encoder}, revision {settings['revision'][:12]}")
 
 
@@ -696,11 +694,9 @@ def embed_shard(folder: Path, stem: str, shard: Path | None, manifest: dict, enc
     try:
         with FileLock(lock, timeout=0):
             if record.exists() or not (folder / "settings.json").exists():
-                bar.update(2 * json.loads(record.read_text())["rows"] if record.exists() and shard else 0)
-                return
-            aside = folder / f".{stem}.safetensors"
+                return  # done, or all is done
             if shard is None:
-                latents, ends = embed_texts(encoder, ["", *manifest["prompts"]], bar)
+                latents, ends = embed_texts(encoder, ["", *manifest["prompts"]])
                 tensors, rows = {"latents": latents, "ends": ends}, len(ends)
             else:
                 with pa.memory_map(str(shard)) as source, pa.ipc.open_stream(source) as stream:
@@ -708,12 +704,14 @@ def embed_shard(folder: Path, stem: str, shard: Path | None, manifest: dict, enc
                 tensors, rows = {}, len(captions["caption"])
                 for kind, texts in captions.items():
                     tensors[kind], tensors[f"{kind}_ends"] = embed_texts(encoder, texts, bar)
+            aside = folder / f".{stem}.safetensors"
             save_file(tensors, aside)
             os.rename(aside, file)
             write_json(record, describe_shard(file, rows))
-            lock.unlink()
     except Timeout:
-        pass
+        return
+    finally:
+        lock.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

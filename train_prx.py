@@ -660,6 +660,7 @@ def load_pretrained(loader, model_id: str, **kwargs):
     """`loader.from_pretrained`, its failures as one UserError: the id, where access is asked for, the open fallback."""
     from transformers import logging as transformers_logging
 
+    transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()  # a report of the decoder's unused weights; missing ones raise below
     try:
         loaded = loader.from_pretrained(model_id, **kwargs)
@@ -1077,7 +1078,7 @@ class RowSet:
             if value != ours:
                 raise UserError(f"{self.folder}/{name} was made with {flag} {value}, not {ours}: pass --{flag}={value}")
         check_files(Path(self.folder) / name, text["shards"], f"delete {self.folder}/{name} and {again}")
-        return TextLatents(Path(self.folder) / name, text["shards"])
+        return TextLatents(Path(self.folder) / name, text["shards"], self.manifest["prompts"])
 
     def read(self, row: int, kind: str | None = "caption") -> dict:
         """One row: image uint8 [S, S, 3], key, the caption of the given kind (None: the empty prompt), its latents or None.

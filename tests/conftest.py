@@ -34,6 +34,24 @@ TINY = ["--preset=demo", "--stages=32:20:16:1", "--micro_batch=4", "--patch=8", 
         "--compile=0", "--log_every=1", "--sample_steps=2", "--eval_every=0", "--sample_every=0", "--save_every=0"]
 
 
+# Body of a script that trains and writes down which rows each rank's chunks hold
+KEYS = """
+import json, os, sys
+sys.path.insert(0, {root!r})
+import train_prx
+honest = train_prx.load_chunks
+
+def load_chunks(*arguments):
+    for raw in honest(*arguments):
+        with open("keys-" + os.environ.get("RANK", "0"), "a") as file:
+            file.write(json.dumps(raw["keys"]) + "\\n")
+        yield raw
+
+train_prx.load_chunks = load_chunks
+train_prx.run_main(train_prx.main)
+"""
+
+
 class Result(NamedTuple):
     """What a command left behind: its exit status (minus the signal where one ended it) and what it printed."""
     status: int
@@ -194,6 +212,15 @@ def different(a: dict, b: dict) -> list[str]:
     assert a.keys() == b.keys()
     return [name for name in a if a[name].dtype != b[name].dtype or a[name].shape != b[name].shape
             or a[name].numpy().tobytes() != b[name].numpy().tobytes()]
+
+
+def pytest_addoption(parser) -> None:
+    parser.addoption("--kills", type=int, default=5, help="how often the builds of tests/test_sets.py are killed")
+
+
+@pytest.fixture
+def kills(request) -> int:
+    return request.config.getoption("--kills")
 
 
 @pytest.fixture(autouse=True)

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import (ENV, ROOT, checkpoint_tensors, curve, different, last_checkpoint, metrics, run, start, train)
+from conftest import ENV, KEYS, ROOT, checkpoint_tensors, curve, different, last_checkpoint, metrics, run, start, train
 from datasets import load_from_disk
 from PIL import Image
 from safetensors import safe_open
@@ -656,23 +656,6 @@ def test_a_chunk_depends_on_seed_and_index_only(data):
     dropped = [tuple(caption == "" for caption in chunk["captions"]) for chunk in in_order]
     assert 0.05 < np.mean(dropped) < 0.16, "about a tenth of the captions are empty"
     assert len(set(dropped)) > 5, "and not the same places in every chunk"
-
-
-KEYS = """
-import json, os, sys
-sys.path.insert(0, {root!r})
-import train_prx
-honest = train_prx.make_batch
-
-def make_batch(raw, encode_text, device):
-    if "keys" in raw:
-        with open("keys-" + os.environ.get("RANK", "0"), "a") as file:
-            file.write(json.dumps(raw["keys"]) + "\\n")
-    return honest(raw, encode_text, device)
-
-train_prx.make_batch = make_batch
-train_prx.run_main(train_prx.main)
-"""
 
 
 def test_a_run_reads_every_row_once_an_epoch_over_stages_ranks_and_a_resume(tmp_path, tiny, data):
