@@ -214,15 +214,6 @@ def different(a: dict, b: dict) -> list[str]:
             or a[name].numpy().tobytes() != b[name].numpy().tobytes()]
 
 
-def pytest_addoption(parser) -> None:
-    parser.addoption("--kills", type=int, default=5, help="how often the builds of tests/test_sets.py are killed")
-
-
-@pytest.fixture
-def kills(request) -> int:
-    return request.config.getoption("--kills")
-
-
 @pytest.fixture(autouse=True)
 def nothing_left_running():
     """Commands that a failed test did not wait for are ended."""

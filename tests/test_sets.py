@@ -1,7 +1,7 @@
 """The public sets, in small files of their exact layout: build, check, embed and train, whatever is wrong with the files,
 however often the commands are killed, and whatever the number of ranks.
 
-    pytest tests/test_sets.py [--kills=20]
+    pytest tests/test_sets.py
 """
 import hashlib
 import http.server
@@ -10,6 +10,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import struct
 import threading
@@ -289,50 +290,65 @@ def test_training_on_latents_needs_no_encoder_but_for_its_hash(tmp_path, embedde
 # Kill -9
 
 
-def kill_at_random(cwd: Path, flags: list[str], kills: int, seconds: float) -> int:
-    """Start the command and kill it, `kills` times, then let it end; returns how many starts found it unfinished."""
-    random.seed(0)
-    died = 0
-    while died < kills:
-        running = start(cwd, "data_prep.py", *flags)
-        time.sleep(random.uniform(0, seconds))
-        alive = any(process.is_alive() for process in running.processes)
-        running.kill(signal.SIGKILL)
-        died += 1
-        if not alive:
-            return died
-    assert run(cwd, "data_prep.py", *flags).status == 0
-    return died
+KILLS = 20
 
 
-def test_kill_9_during_build_changes_nothing(tmp_path, kills, monkeypatch):
+def kill_at_random(cwd: Path, flags: list[str], begin_anew, is_as_it_should_be) -> None:
+    """Start the command and kill it at a random moment until that has happened KILLS times.
+
+    Each time that it gets to its end in spite of that, the result is looked at, and it all begins anew.
+    """
+    rng, died, seconds = random.Random(0), 0, 0.0
+    begin_anew()
+    while True:
+        running, begun = start(cwd, "data_prep.py", *flags), time.monotonic()
+        if died < KILLS and seconds:
+            time.sleep(rng.uniform(0.1, 1) * seconds)
+            died += any(process.is_alive() for process in running.processes)
+            running.kill(signal.SIGKILL)
+            if any(process.exitcode for process in running.processes):
+                continue
+        assert running.wait().status == 0
+        is_as_it_should_be()
+        if died >= KILLS:
+            return
+        seconds = seconds or time.monotonic() - begun  # of an undisturbed run
+        begin_anew()
+
+
+def test_kill_9_during_build_changes_nothing(tmp_path):
     kind = "flux_generated"
     for k in range(12):
         rows = [row_of(kind, i if i % 7 else 0, image=jpeg(i if i % 7 else 0, 256)) for i in range(40 * k, 40 * k + 40)]
         write_parquet(tmp_path / f"in/data/train-{k:05d}-of-00012.parquet", rows)
     flags = ["build", f"--source={kind}", "--input=in", "--size=64,32", "--format=png", "--workers=2"]
-    begun = time.monotonic()
     assert run(tmp_path, "data_prep.py", *flags, "--out=undisturbed").status == 0
-    seconds = time.monotonic() - begun
     assert read_manifest(tmp_path / "undisturbed")["dropped"]["duplicate"] > 60
-    kill_at_random(tmp_path, [*flags, "--out=killed"], kills, seconds)
-    assert files_of(tmp_path / "killed") == files_of(tmp_path / "undisturbed")
-    left = {path.name for path in tmp_path.iterdir() if not path.name.startswith(".")}
-    assert left == {"in", "killed", "undisturbed"}
+
+    def compare() -> None:
+        assert files_of(tmp_path / "killed") == files_of(tmp_path / "undisturbed")
+        assert {path.name for path in tmp_path.iterdir() if not path.name.startswith(".")} == {"in", "killed", "undisturbed"}
+
+    kill_at_random(tmp_path, [*flags, "--out=killed"], lambda: shutil.rmtree(tmp_path / "killed", ignore_errors=True), compare)
 
 
-def test_kill_9_during_embed_changes_nothing(tmp_path, kills, sets, networks):
+def test_kill_9_during_embed_changes_nothing(tmp_path, networks):
     kind = "flux_generated"
     for k in range(8):
         write_parquet(tmp_path / f"in/data/train-{k:05d}-of-00008.parquet", [row_of(kind, i) for i in range(30 * k, 30 * k + 30)])
-    for name in ("undisturbed", "killed"):
-        build(kind, tmp_path / "in", tmp_path / name)
+    build(kind, tmp_path / "in", tmp_path / "built")
+    shutil.copytree(tmp_path / "built", tmp_path / "undisturbed")
     flags = ["embed", f"--encoder={networks / 't5gemma'}"]
-    begun = time.monotonic()
     assert run(tmp_path, "data_prep.py", *flags, "--data=undisturbed").status == 0
-    seconds = time.monotonic() - begun
-    kill_at_random(tmp_path, [*flags, "--data=killed"], kills, seconds)
-    assert files_of(tmp_path / "killed") == files_of(tmp_path / "undisturbed")
+
+    def begin_anew() -> None:
+        shutil.rmtree(tmp_path / "killed", ignore_errors=True)
+        shutil.copytree(tmp_path / "built", tmp_path / "killed")
+
+    def compare() -> None:
+        assert files_of(tmp_path / "killed") == files_of(tmp_path / "undisturbed")
+
+    kill_at_random(tmp_path, [*flags, "--data=killed"], begin_anew, compare)
 
 
 def test_workers_die_with_the_command(tmp_path):
