@@ -16,6 +16,7 @@ beside name.jpg. Both build and embed can be killed at any moment: the same comm
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -47,9 +48,10 @@ from filelock import FileLock, Timeout
 from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
+from transformers import AutoConfig
 
-from train_prx import (Config, Parser, T5GemmaText, UserError, encoder_revision, is_held_out, read_manifest, run_main,
-                       text_folder)
+from shards import UserError, folder_revision, is_held_out, read_manifest, text_folder
+from train_prx import Config, Parser, T5GemmaText, load_pretrained, run_main
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -89,19 +91,20 @@ class Part(NamedTuple):
     content: object  # what the source's `make_rows` takes; pickled
 
 
-def set_parts(source: HubSet, files: list[str], fetch: Callable[[str], Path], limit: int,
-              finished: Callable[[str, str], int | None]) -> Iterator[Part]:
+Finished = Callable[[str, str], int | None]  # name and fingerprint of a part -> its source's rows if it is done, else None
+
+
+def set_parts(source: HubSet, files: dict[str, str], fetch: Callable[[str], Path], limit: int, finished: Finished) -> Iterator[Part]:
     """A part for each parquet file, until they hold `limit` rows; only what is not finished is fetched."""
-    left = limit
-    for name in files:
-        if left <= 0:
+    for name, fingerprint in files.items():
+        if limit <= 0:
             return
-        rows, file = finished(name, name), None
+        rows, file = finished(name, fingerprint), None
         if rows is None:
             file = fetch(name)
-            rows = min(parquet_rows(file, source), left)
-        left -= rows
-        yield Part(name, name, rows, (file, rows))
+            rows = min(parquet_rows(file, source), limit)
+        limit -= rows
+        yield Part(name, fingerprint, rows, (file, rows))
 
 
 def parquet_rows(file: Path, source: HubSet) -> int:
@@ -139,12 +142,12 @@ def read_set(source: HubSet, keep: bool, file: Path, rows: int) -> Iterator[tupl
 
 
 def find_set(source: HubSet, folder: Path | None, revision: str | None, downloads: Path):
-    """The set's files in order, a function that gives the path of one, and the revision that they are of.
+    """The set's files {name: fingerprint} in order, a function that gives the path of one, and the revision that they are of.
 
     Raises UserError where `folder` has none, or where the hub cannot be reached or does not give them.
     """
     if folder is not None:
-        files = sorted(str(path.relative_to(folder)) for path in folder.rglob(source.files))
+        files = {str(path.relative_to(folder)): f"{path.stat().st_size} bytes" for path in sorted(folder.rglob(source.files))}
         if not files:
             raise UserError(f"no {source.files} in {folder}: --input takes the folder that {source.repo} was downloaded into")
         return files, lambda name: folder / name, revision or "not stated"
@@ -159,11 +162,10 @@ def find_set(source: HubSet, folder: Path | None, revision: str | None, download
 
     huggingface_hub.utils.disable_progress_bars()
     info = ask(huggingface_hub.HfApi().repo_info, revision=revision)
-    files = sorted(file.rfilename for file in info.siblings if Path(file.rfilename).match(source.files))
+    files = {name: info.sha for name in sorted(file.rfilename for file in info.siblings) if Path(name).match(source.files)}
     if not files:
         raise UserError(f"{source.repo} at revision {info.sha} has no files {source.files}")
-    fetch = lambda name: Path(ask(huggingface_hub.hf_hub_download, filename=name, revision=info.sha, local_dir=downloads))
-    return files, fetch, info.sha
+    return files, lambda name: Path(ask(huggingface_hub.hf_hub_download, filename=name, revision=info.sha, local_dir=downloads)), info.sha
 
 
 def folder_rows(folder: Path, caption_columns: list[str]) -> Iterator[tuple[str | None, str, str]]:
@@ -200,7 +202,7 @@ def folder_rows(folder: Path, caption_columns: list[str]) -> Iterator[tuple[str 
         raise UserError(f"cannot read the metadata in {folder}: {first_line(error)}") from error
 
 
-def folder_parts(rows: Iterable[tuple], finished: Callable[[str, str], int | None]) -> Iterator[Part]:
+def folder_parts(rows: Iterable[tuple], finished: Finished) -> Iterator[Part]:
     """The rows of a folder in parts."""
     rows, first = iter(rows), 0
     while content := list(islice(rows, ROWS_A_PART)):
@@ -416,11 +418,11 @@ def describe_shard(file: Path, rows: int) -> dict:
 
 
 @contextmanager
-def locked(path: Path, what: str) -> Iterator[None]:
-    """Hold the lock file `path`; raises UserError if another process does. An OSError inside becomes a UserError."""
+def locked(path: Path, what: str, patience: float = 1) -> Iterator[None]:
+    """Hold the lock file `path`; raises UserError if another process does, for `patience` seconds, or for an OSError inside."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(path, timeout=1):  # the workers of a command killed just now may still hold it
+        with FileLock(path, timeout=patience):  # the workers of a command killed just now may hold it a moment longer
             try:
                 yield
             finally:
@@ -571,7 +573,7 @@ def make_parts(folder: Path, parts: Callable, make: Callable, sizes: list[int], 
 
 def write_json(path: Path, value: dict) -> None:
     """Write `value` as JSON, aside and then renamed, so that the file is never there half-written."""
-    aside = path.with_name(f".{path.name}")
+    aside = path.with_name(f".{path.name}.{os.getpid()}")  # several processes may write the same
     aside.write_text(json.dumps(value, indent=2) + "\n")
     os.rename(aside, path)
 
@@ -648,6 +650,13 @@ def embed_texts(encoder: T5GemmaText, texts: list[str], bar: tqdm | None = None)
     return latents, ends
 
 
+def encoder_revision(encoder: str) -> str:
+    """The commit of an encoder on the hub, or the sha256 of a local one's files."""
+    if Path(encoder).is_dir():
+        return folder_revision(Path(encoder))
+    return load_pretrained(AutoConfig, encoder)._commit_hash
+
+
 def embed(args) -> None:
     """Latents of every caption, a file a shard. Any number of processes share the work: each takes shards that no other holds."""
     manifest, name = read_manifest(args.data), text_folder(args.encoder)
@@ -670,7 +679,7 @@ def embed(args) -> None:
                 for stem, record in records.items():
                     if not record.exists():
                         embed_shard(folder, stem, shards.get(stem), manifest, encoder, bar)
-        with locked(folder / ".lock", str(folder)):
+        with locked(folder / ".lock", str(folder), patience=60):
             manifest = read_manifest(args.data)  # another process may have written it meanwhile
             if name not in manifest.get("text", {}):
                 if not all(record.exists() for record in records.values()):
@@ -833,26 +842,18 @@ def sizes(text: str) -> list[int]:
     return values
 
 
-def percent(text: str) -> int:
-    if not text.isdecimal() or not 1 <= int(text) <= 100:
-        raise ArgumentTypeError(f"{text!r} is not a whole number from 1 to 100")
-    return int(text)
-
-
-def count(text: str) -> int:
-    if not text.isdecimal():
-        raise ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
-    return int(text)
-
-
-def share(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= 1:
-        raise ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
-    return value
+def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], float]:
+    """A parser of whole numbers (int) or numbers (float) in [low, high]."""
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:
+            wanted = f"from {low} to {high}" if high < math.inf else f"of at least {low}"
+            raise ArgumentTypeError(f"{text!r} is not a {'whole ' if kind is int else ''}number {wanted}")
+        return value
+    return parse
 
 
 def main(argv: list[str]) -> None:
@@ -868,27 +869,27 @@ def main(argv: list[str]) -> None:
     command.add_argument("--size", required=True, type=sizes, help="sides of the square images, px, such as 512,1024")
     command.add_argument("--input", type=Path, help="folder with the set's parquet files, already downloaded; else they come from the hub")
     command.add_argument("--revision", help="commit, branch or tag of the set on the hub; with --input, what the manifest says")
-    command.add_argument("--limit", type=count, default=0, help="rows of the source to read, for a trial; 0: all")
+    command.add_argument("--limit", type=number(int, 0), default=0, help="rows of the source to read, for a trial; 0: all")
     command.add_argument("--format", choices=["jpeg", "png"], default="jpeg", help="how the images are stored")
-    command.add_argument("--quality", type=percent, default=95, help="of the JPEGs, 1 to 100")
+    command.add_argument("--quality", type=number(int, 1, 100), default=95, help="of the JPEGs, 1 to 100")
     command.add_argument("--caption_column", default="text,caption,prompt",
                          help="column of a folder's metadata; of several, the first that is there")
-    command.add_argument("--min_scale", type=float, default=0.5,
+    command.add_argument("--min_scale", type=number(float, 0), default=0.5,
                          help="an image whose short side is below this times the largest size is dropped as too small")
-    command.add_argument("--max_unusable", type=share, default=0.01,
+    command.add_argument("--max_unusable", type=number(float, 0, 1), default=0.01,
                          help=f"share of a shard's images, 0 to 1, that may be {', '.join(UNUSABLE)}; more is an error")
-    command.add_argument("--workers", type=count, default=processes, help="processes; 0: none but this one")
+    command.add_argument("--workers", type=number(int, 0), default=processes, help="processes; 0: none but this one")
 
     command = commands.add_parser("embed", help="captions -> text latents, so that training needs no text encoder")
     command.set_defaults(run=embed)
     command.add_argument("--data", required=True, type=Path, help="folder that build wrote")
     command.add_argument("--encoder", default=Config().text_encoder, help="hub id or folder of a T5Gemma")
-    command.add_argument("--text_tokens", type=count, default=Config().text_tokens, help="captions are cut here")
+    command.add_argument("--text_tokens", type=number(int, 1), default=Config().text_tokens, help="captions are cut here")
 
     command = commands.add_parser("check", help="verify checksums, row counts, images, captions and latents")
     command.set_defaults(run=check)
     command.add_argument("--data", required=True, type=Path, help="folder that build or scenes.py wrote")
-    command.add_argument("--workers", type=count, default=processes, help="processes; 0: none but this one")
+    command.add_argument("--workers", type=number(int, 0), default=processes, help="processes; 0: none but this one")
     if argv and argv[0] in commands.choices:  # straight to its own parser, which then names the nearest of its flags
         args = commands.choices[argv[0]].parse_args(argv[1:])
     else:

@@ -44,7 +44,6 @@ import inspect
 import json
 import logging
 import math
-import mmap
 import os
 import platform
 import re
@@ -59,7 +58,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import safetensors.torch
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -71,14 +69,14 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from muon import Muon, local
+from shards import Ring, RowSet, Slot, UserError
 
-SOURCES = {name: Path(__file__).with_name(name).read_text() for name in ("train_prx.py", "muon.py")}  # before any edit
+SOURCES = {name: Path(__file__).with_name(name).read_text() for name in ("train_prx.py", "muon.py", "shards.py")}  # before any edit
 SOURCE_HASH = hashlib.sha256("".join(SOURCES.values()).encode()).hexdigest()
 
 T_MIN = 0.05  # smallest t in a division: velocity's error would otherwise grow without bound near t = 0 (code)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # what both DINOs were trained with
 SKIPS_IN_A_ROW = 10  # non-finite steps after which a run stops
-HELD_OUT = 0.01  # share of rows that are never trained on
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -200,10 +198,6 @@ CHOICES = {
     "guidance": ("self", "cfg", "none"), "lr_decay": ("none", "linear"),
 }
 NOT_IDENTITY = {"max_steps", "device", "workers", "log_every", "eval_every", "sample_every", "save_every", "keep", "price"}
-
-
-class UserError(Exception):
-    """A user's mistake: `run_main` prints it as one line and exits with status 2."""
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -804,24 +798,6 @@ class StoredPrompts:
         return pad_latents(torch.cat(latents).to(self.device), [len(x) for x in latents], self.max_length)
 
 
-def text_folder(encoder: str) -> str:
-    """The name of the folder, inside a data folder, of the text latents that `encoder` made."""
-    return f"text-{Path(encoder).name}"
-
-
-def encoder_revision(encoder: str) -> str:
-    """What tells apart two encoders of one name: the hub's commit, or the sha256 of a local folder's files."""
-    from transformers import AutoConfig
-
-    if not Path(encoder).is_dir():
-        return load_pretrained(AutoConfig, encoder)._commit_hash
-    digest = hashlib.sha256()
-    for file in sorted(Path(encoder).glob("*.json")) + sorted(Path(encoder).glob("*.safetensors")):
-        with open(file, "rb") as opened:
-            digest.update(hashlib.file_digest(opened, "sha256").digest())
-    return digest.hexdigest()
-
-
 class Dino:
     """Patch tokens of a frozen DINOv2 (with registers) or DINOv3: images [B, 3, H, W] in [-1, 1] -> [B, P, D]."""
 
@@ -968,131 +944,6 @@ def term_names(cfg: Config, frozen: Frozen, stage: Stage) -> list[str]:
 # Data: checked shards on disk -> chunks -> batches on the device
 
 
-def is_held_out(key: str) -> bool:
-    """Whether a row is for validation: a hash of its key, so that it stays so when the data is rebuilt."""
-    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") < HELD_OUT * 2**64
-
-
-def read_manifest(folder: str) -> dict:
-    """The manifest of a data folder; raises UserError where there is none."""
-    try:
-        manifest = json.loads((Path(folder) / "manifest.json").read_text())
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"no data at {folder}: make it with `python scenes.py make --out={folder}` or "
-                        f"`python data_prep.py build --source=DIR --out={folder}`, or point --data elsewhere") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{folder}/manifest.json is damaged ({error}): build the data again") from None
-    if not isinstance(manifest, dict) or not {"sizes", "rows", "shards", "prompts"} <= manifest.keys():
-        raise UserError(f"{folder}/manifest.json is damaged (it lacks sizes, rows, shards or prompts): build the data again")
-    return manifest
-
-
-def check_files(folder: Path, shards: dict[str, dict], remedy: str) -> None:
-    """Raise UserError, with the remedy, for a shard that is not what the manifest says.
-
-    By its size in bytes; what is under 1 GB in all by sha256 too, which takes a second. `data_prep.py check` reads all.
-    """
-    hashed = sum(shard["bytes"] for shard in shards.values()) < 1 << 30
-    for name, shard in shards.items():
-        file = folder / name
-        if not file.exists():
-            raise UserError(f"{file} is missing: {remedy}")
-        same = file.stat().st_size == shard["bytes"]
-        if not same or hashed and hashlib.sha256(file.read_bytes()).hexdigest() != shard["sha256"]:
-            raise UserError(f"{file} has changed since it was made: {remedy} (`python data_prep.py check` lists all that is wrong)")
-
-
-def decode_image(data, size: int) -> Tensor:
-    """A JPEG or PNG file's bytes -> uint8 [size, size, 3], scaled down where the picture is larger; raises RuntimeError."""
-    import torchvision
-
-    image = torchvision.io.decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), torchvision.io.ImageReadMode.RGB)
-    if image.shape[1:] != (size, size):
-        image = F.interpolate(image[None], (size, size), mode="bicubic", antialias=True)[0]
-    return image.permute(1, 2, 0)  # [3, S, S] -> [S, S, 3], as it lies in memory
-
-
-@functools.lru_cache(maxsize=None)
-def open_latents(file: Path) -> tuple:
-    """A memory-mapped file of latents and, by caption kind, where each row's end."""
-    opened = safetensors.safe_open(file, "pt")
-    return opened, {kind: F.pad(opened.get_tensor(f"{kind}_ends"), (1, 0)) for kind in ("caption", "caption_short")}
-
-
-class TextLatents:
-    """The latents of a data folder's captions as `data_prep.py embed` stored them: bf16, one after the other, no padding."""
-
-    def __init__(self, folder: Path, shards: dict[str, dict], prompts: list[str]):
-        self.files = [folder / name for name in shards if name != "prompts.safetensors"]
-        self.first_row = np.cumsum([0, *(shards[file.name]["rows"] for file in self.files)])
-        stored = safetensors.torch.load_file(folder / "prompts.safetensors")
-        self.prompts = dict(zip(["", *prompts], stored["latents"].tensor_split(stored["ends"][:-1])))
-
-    def read(self, row: int, kind: str) -> Tensor:
-        """Latents of a row's `caption` or `caption_short`: [its tokens, D], consecutive on disk."""
-        shard = int(np.searchsorted(self.first_row, row, side="right")) - 1
-        opened, ends = open_latents(self.files[shard])
-        begin, end = ends[kind][row - self.first_row[shard] :][:2]
-        return opened.get_slice(kind)[begin:end]
-
-
-class RowSet:
-    """One data folder at one image size: rows to train on, rows held out, and the text latents if there are any."""
-
-    def __init__(self, folder: str, cfg: Config, image_size: int):
-        import datasets
-
-        self.folder, self.image_size = folder, image_size
-        self.manifest = read_manifest(folder)
-        usable = [size for size in sorted(self.manifest["sizes"]) if size >= image_size]
-        if not usable:
-            raise UserError(f"{folder} has sizes {self.manifest['sizes']}, but a stage trains at {image_size}px: "
-                            f"build it again with --size={image_size}, or change --stages")
-        self.stored_size = usable[0]
-        shards = {name: shard for name, shard in self.manifest["shards"].items() if name.startswith(f"{self.stored_size}/")}
-        check_files(Path(folder), shards, "build the data again")
-        try:
-            table = datasets.load_from_disk(f"{folder}/{self.stored_size}").data  # memory-mapped
-        except (OSError, ValueError) as error:
-            raise UserError(f"cannot open {folder}/{self.stored_size} ({error}): build the data again") from None
-        self.columns = {name: table[name] for name in ("image", "caption", "caption_short", "key")}
-        held_out = np.array([is_held_out(key) for chunk in self.columns["key"].chunks for key in chunk.to_pylist()], dtype=bool)
-        self.train, self.held_out = np.flatnonzero(~held_out), np.flatnonzero(held_out)
-        if len(self.train) == 0:
-            raise UserError(f"{folder} has no rows to train on")
-        self.latents = self.find_latents(cfg)
-
-    def find_latents(self, cfg: Config) -> TextLatents | None:
-        """The latents by the run's encoder; raises UserError where there are only such by another one."""
-        stored = self.manifest.get("text", {})
-        if cfg.text_encoder == "builtin" or not stored:
-            return None
-        name = text_folder(cfg.text_encoder)
-        again = f"make them with `python data_prep.py embed --data={self.folder} --encoder={cfg.text_encoder}`"
-        text = stored.get(name)
-        if text is None or not (text["encoder"] == cfg.text_encoder or Path(cfg.text_encoder).is_dir()):
-            others = ", ".join(text["encoder"] for text in stored.values())
-            raise UserError(f"{self.folder} has text latents by {others}, not by {cfg.text_encoder}: {again}, or pass that --text_encoder")
-        if Path(cfg.text_encoder).is_dir() and encoder_revision(cfg.text_encoder) != text["revision"]:
-            raise UserError(f"{self.folder}/{name} was made by other weights than those in {cfg.text_encoder}: delete it and {again}")
-        for flag, value, ours in (("text_dim", text["dim"], cfg.text_dim), ("text_tokens", text["tokens"], cfg.text_tokens)):
-            if value != ours:
-                raise UserError(f"{self.folder}/{name} was made with {flag} {value}, not {ours}: pass --{flag}={value}")
-        check_files(Path(self.folder) / name, text["shards"], f"delete {self.folder}/{name} and {again}")
-        return TextLatents(Path(self.folder) / name, text["shards"], self.manifest["prompts"])
-
-    def read(self, row: int, kind: str | None = "caption") -> dict:
-        """One row: image uint8 [S, S, 3], key, the caption of the given kind (None: the empty prompt), its latents or None.
-
-        Raises RuntimeError where the image does not decode.
-        """
-        row, latents = int(row), None
-        if self.latents:
-            latents = self.latents.read(row, kind) if kind else self.latents.prompts[""]
-        return {"image": decode_image(self.columns["image"][row].as_buffer(), self.image_size), "latents": latents,
-                "caption": self.columns[kind][row].as_py() if kind else "", "key": self.columns["key"][row].as_py()}
-
-
 class Chunks(torch.utils.data.Dataset):
     """The training rows as an endless sequence of chunks; item i is a pure function of (seed, i), so resume is an index.
 
@@ -1156,65 +1007,19 @@ class Chunks(torch.utils.data.Dataset):
         for k, kind in enumerate(np.where(dropped, None, np.where(short, "caption_short", "caption"))):
             yield self.read(first + k, kind)
 
-    def new_slot(self, empty: Callable[..., Tensor] = torch.empty) -> dict[str, Tensor]:
-        """Memory for a chunk: images uint8 [B, S, S, 3] and, if all sets have them, latents [B * L, D], enough for all."""
-        B, S, L = self.cfg.micro_batch, self.stage.image_size, self.cfg.text_tokens
-        slot = {"images": empty((B, S, S, 3), dtype=torch.uint8)}
-        if all(s.latents for s in self.sets):
-            slot["latents"] = empty((B * L, self.cfg.text_dim), dtype=torch.bfloat16)
-        return slot
-
-    def fill(self, slot: dict[str, Tensor], rows: Iterable[dict]) -> dict:
-        """Copy rows into a slot; returns what is not in it: captions, keys and the lengths of the latents."""
-        chunk, end = {"captions": [], "keys": [], "lengths": []}, 0
-        for k, row in enumerate(rows):
-            slot["images"][k] = row["image"]
-            if "latents" in slot:
-                slot["latents"][end : end + len(row["latents"])] = row["latents"]
-                chunk["lengths"].append(len(row["latents"]))
-                end += len(row["latents"])
-            chunk["captions"].append(row["caption"])
-            chunk["keys"].append(row["key"])
-        return chunk
-
-    def view(self, slot: dict[str, Tensor], chunk: dict) -> dict:
-        """The chunk with its tensors: images uint8 [B, 3, H, W], latents [sum of lengths, D]."""
-        tensors = {"images": slot["images"][: len(chunk["keys"])].permute(0, 3, 1, 2)}  # [B, H, W, 3] -> [B, 3, H, W]
-        if "latents" in slot:
-            tensors["latents"] = slot["latents"][: sum(chunk["lengths"])]
-        return chunk | tensors
-
     def __getitem__(self, i: int) -> dict:
         """Chunk i of the stage, in memory of its own."""
+        return self.collate(self.rows(i))
+
+    def new_slot(self, **how) -> Slot:
+        """Memory for a chunk, with room for latents if all sets have them."""
+        return Slot(self.cfg.micro_batch, self.stage.image_size, self.cfg.text_tokens, self.cfg.text_dim,
+                    with_latents=all(s.latents for s in self.sets), **how)
+
+    def collate(self, rows: Iterable[dict]) -> dict:
+        """Up to B rows as a chunk."""
         slot = self.new_slot()
-        return self.view(slot, self.fill(slot, self.rows(i)))
-
-
-class Ring(torch.utils.data.Dataset):
-    """Chunks in a given order, read into slots of shared memory that are used in turn.
-
-    In fresh memory each 4 KB costs a page fault, and again where a tensor travels from process to process: with slots
-    that are used again, readers are 1.4 times as fast (benchmarks/README.md). Chunk k's slot is written again for chunk
-    k + len(slots), which is asked for when chunk k + 3 is handed out.
-    """
-
-    AHEAD = 2  # chunks that a worker process reads ahead
-
-    def __init__(self, chunks: Chunks, order: list[int]):
-        def shared(shape: tuple, dtype: torch.dtype) -> Tensor:  # not in /dev/shm, which is 64 MB in a container
-            return torch.frombuffer(mmap.mmap(-1, math.prod(shape) * dtype.itemsize), dtype=dtype).view(shape)
-
-        self.chunks, self.order = chunks, order
-        self.slots = [chunks.new_slot(shared) for _ in range(self.AHEAD * chunks.cfg.workers + 3)]
-
-    def __len__(self) -> int:
-        return len(self.order)
-
-    def __getitem__(self, k: int) -> "dict | UserError":
-        try:
-            return self.chunks.fill(self.slots[k % len(self.slots)], self.chunks.rows(self.order[k]))
-        except UserError as error:  # returned, since a worker process would bury it under its traceback
-            return error
+        return slot.view(slot.fill(rows))
 
 
 def leave_group(worker: int) -> None:
@@ -1227,34 +1032,32 @@ def load_chunks(chunks: Chunks, order: list[int], device: torch.device) -> Itera
 
     A chunk's tensors are valid until the next but one is asked for.
     """
-    ring, cuda = Ring(chunks, order), device.type == "cuda"
+    cuda = device.type == "cuda"
+    ring = Ring(chunks, order, chunks.cfg.workers)
     loader = iter(torch.utils.data.DataLoader(
         ring, batch_size=None, sampler=range(len(order)), num_workers=chunks.cfg.workers, worker_init_fn=leave_group,
         prefetch_factor=ring.AHEAD if chunks.cfg.workers else None))
-    stream, under_way = torch.cuda.Stream() if cuda else None, []  # (chunk on the GPU, its tensors, when they are there)
-    for slot in ring.slots if cuda else []:  # page-locked, so that copies are asynchronous; after the workers were forked
-        for x in slot.values():
-            torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(x.data_ptr(), x.nbytes, 0)))
+    if not cuda:
+        yield from (ring.view(k, raw) for k, raw in enumerate(loader))
+        return
+    ring.lock_pages()  # so that copies are asynchronous; after the workers were forked
+    stream, under_way = torch.cuda.Stream(), []
     for k, raw in enumerate(loader):
-        if isinstance(raw, UserError):
-            raise raw
-        raw = chunks.view(ring.slots[k % len(ring.slots)], raw)
-        if not cuda:
-            yield raw
-            continue
-        with torch.cuda.stream(stream):  # under the kernels of the chunk before
-            tensors = {name: x.to(device, non_blocking=True) for name, x in raw.items() if isinstance(x, Tensor)}
-            under_way.append((raw | tensors, tensors.values(), stream.record_event()))
+        with torch.cuda.stream(stream):  # copies run under the kernels of the chunk before
+            raw = {name: x.to(device, non_blocking=True) if isinstance(x, Tensor) else x for name, x in ring.view(k, raw).items()}
+            under_way.append((raw, stream.record_event()))
         if len(under_way) > 1:
             yield arrived(*under_way.pop(0))
     yield from (arrived(*last) for last in under_way)
+    ring.unlock_pages()
 
 
-def arrived(raw: dict, tensors: Iterable[Tensor], copied: torch.cuda.Event) -> dict:
+def arrived(raw: dict, copied: torch.cuda.Event) -> dict:
     """A chunk whose copies have ended, so that its slot is free; they were begun a chunk ago, and nobody waits."""
     copied.synchronize()
-    for x in tensors:
-        x.record_stream(torch.cuda.current_stream())  # its memory is another stream's, and in use on this one from here on
+    for x in raw.values():
+        if isinstance(x, Tensor):
+            x.record_stream(torch.cuda.current_stream())  # another stream's memory, in use on this one from here on
     return raw
 
 
@@ -1483,8 +1286,7 @@ def held_out_loss(model: PRX, chunks: Chunks, encode_text: TextEncoder, cfg: Con
     errors = []
     for first in range(0, len(rows), cfg.micro_batch):
         part = rows[first : first + cfg.micro_batch]
-        slot = chunks.new_slot()
-        batch = make_batch(chunks.view(slot, chunks.fill(slot, part)), encode_text, device)
+        batch = make_batch(chunks.collate(part), encode_text, device)
         t = torch.tensor([(first + i + 0.5) / len(rows) for i in range(len(part))], device=device)
         noise = [torch.randn(batch["x0"].shape[1:], generator=tag_generator("cpu", "held out", row["key"])) for row in part]
         eps = cfg.noise_scale * torch.stack(noise).to(device)

@@ -34,7 +34,8 @@ from safetensors.torch import save_file
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import data_prep  # noqa: E402
-from train_prx import Chunks, Config, Stage, load_chunks, make_batch, read_manifest, text_folder  # noqa: E402
+from shards import read_manifest, text_folder  # noqa: E402
+from train_prx import Chunks, Config, Stage, load_chunks  # noqa: E402
 
 BATCH, DIM = 16, 2304
 
@@ -149,12 +150,11 @@ def main() -> None:
                 loader = torch.utils.data.DataLoader(torch.utils.data.Subset(PlainRows(data / str(side)), range(n)), BATCH, shuffle=True,
                                                      num_workers=1, pin_memory=device.type == "cuda")
                 for batch in loader:
-                    batch["image"].to(device, non_blocking=True).float() / 127.5 - 1
+                    batch["image"].to(device, non_blocking=True)
 
             def ours() -> None:
-                encode = type("", (), {"max_length": 256})  # what make_batch asks of an encoder when latents are stored
                 for raw in load_chunks(chunks, list(range(n // BATCH)), device):
-                    make_batch(raw, encode, device)
+                    pass
 
             arms, seconds = {"decode": decode, "plain": plain, "ours": ours}, {}
             for round in range(args.rounds + 1):  # the first one warms up

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import data_prep  # noqa: E402
-from train_prx import UserError, is_held_out  # noqa: E402
+from shards import UserError, is_held_out  # noqa: E402
 
 
 def picture(seed: int, width: int = 160, height: int = 120) -> Image.Image:

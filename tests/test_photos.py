@@ -14,7 +14,7 @@ from conftest import run, train
 from datasets import load_from_disk
 from PIL import Image
 
-from train_prx import is_held_out
+from shards import is_held_out
 
 PHOTOS = {  # files that scikit-image carries, none of which `is_held_out`
     "astronaut.png": "a smiling astronaut in an orange suit before a flag",

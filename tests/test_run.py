@@ -29,7 +29,8 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from train_prx import PRX, Chunks, Config, Stage, config_from_json, is_held_out, parse_config
+from shards import is_held_out
+from train_prx import PRX, Chunks, Config, Stage, config_from_json, parse_config
 
 FINISH = 20  # the last step of the runs below
 SAVING = ["--save_every=6", "--ema_every=3", "--name=try"]
@@ -420,10 +421,10 @@ def test_data_made_anew_does_not_continue_a_run(tmp_path, tiny, data):
 def test_another_version_of_the_source_does_not_continue_a_run(finished, tiny):
     shutil.rmtree(last_checkpoint(finished / "runs/try"))  # unfinished, so that its own source would continue it
     before = contents(finished / "runs")
-    for name in ("train_prx.py", "muon.py"):
+    for name in ("train_prx.py", "muon.py", "shards.py"):
         fork = finished / f"fork of {name}"
         fork.mkdir()
-        for source in ("train_prx.py", "muon.py"):
+        for source in ("train_prx.py", "muon.py", "shards.py"):
             (fork / source).write_text((ROOT / source).read_text() + ("# faster\n" if source == name else ""))
         message = run(finished, fork / "train_prx.py", *tiny, *SAVING).error()
         assert "another version of the source" in message and all(option in message for option in OPTIONS)
@@ -537,7 +538,7 @@ def test_a_crash_ends_the_run_and_its_readers(tmp_path, tiny):
 def test_the_log_proves_the_run(unbroken, data, tiny):
     log = (unbroken / "log.txt").read_text()
     texts = []
-    for name in ("train_prx.py", "muon.py"):
+    for name in ("train_prx.py", "muon.py", "shards.py"):
         header, text = re.search(rf"^==== {name} sha256 (\w+)\n(.*?^)====$", log, re.MULTILINE | re.DOTALL).groups()
         assert header == hashlib.sha256(text.encode()).hexdigest()
         assert text == (ROOT / name).read_text()

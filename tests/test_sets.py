@@ -31,7 +31,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import data_prep
-from train_prx import Chunks, Config, Stage, T5GemmaText, UserError, is_held_out, make_batch, parse_config, read_manifest
+from shards import UserError, is_held_out, read_manifest
+from train_prx import Chunks, Config, Stage, T5GemmaText, make_batch, parse_config
 
 STRUCT = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 OTHERS = ("original", "entity", "imagination", "text", "style", "affection", "composition")  # FLUX-Reason's other captions
