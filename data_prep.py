@@ -46,6 +46,7 @@ from datasets import DatasetInfo, Features, Image as ImageColumn, Value, load_da
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from filelock import FileLock, Timeout
 from PIL import Image, ImageOps
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import AutoConfig
@@ -662,6 +663,8 @@ def embed(args) -> None:
     manifest, name = read_manifest(args.data), text_folder(args.encoder)
     folder, begun = args.data / name, args.data / name / "settings.json"
     settings = {"encoder": args.encoder, "revision": encoder_revision(args.encoder), "tokens": args.text_tokens, "dtype": "bfloat16"}
+    if not folder.exists() and manifest.get("text", {}).pop(name, None):  # deleted, as a message of ours asks for
+        write_json(args.data / "manifest.json", manifest)
     stored = manifest.get("text", {}).get(name) or (json.loads(begun.read_text()) if begun.exists() else settings)
     if any(stored[key] != settings[key] for key in ("revision", "tokens")):
         raise UserError(f"{folder} was made with {stored['encoder']}, revision {stored['revision']}, and {stored['tokens']} tokens: "
@@ -689,7 +692,7 @@ def embed(args) -> None:
                 write_json(args.data / "manifest.json", manifest)
             for rest in [begun, *records.values(), *folder.glob(".[a-z]*.*")]:  # and what a killed command has left
                 rest.unlink(missing_ok=True)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise UserError(f"cannot write {folder}: {error}; what is done is kept, and the same command continues") from error
     print(f"{folder}: latents of {manifest['rows']} rows by {args.encoder}, revision {settings['revision'][:12]}")
 
@@ -715,6 +718,7 @@ def embed_shard(folder: Path, stem: str, shard: Path | None, manifest: dict, enc
                     tensors[kind], tensors[f"{kind}_ends"] = embed_texts(encoder, texts, bar)
             aside = folder / f".{stem}.safetensors"
             save_file(tensors, aside)
+            shutil.copymode(folder / "settings.json", aside)  # safetensors writes files that only their owner may read
             os.rename(aside, file)
             write_json(record, describe_shard(file, rows))
     except Timeout:

@@ -3,12 +3,13 @@
     RowSet(folder, cfg, image_size)     rows to train on and rows held out, memory-mapped
     Slot, Ring                          memory that chunks of rows are read into
 """
+import contextlib
 import functools
 import hashlib
 import json
 import math
 import mmap
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import datasets
@@ -24,6 +25,10 @@ HELD_OUT = 0.01  # share of rows that are never trained on
 
 class UserError(Exception):
     """A user's mistake: `run_main` prints it as one line and exits with status 2."""
+
+
+class DamagedImage(Exception):
+    """An image that does not decode, though it did when the data was built."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -83,8 +88,12 @@ def folder_revision(encoder: Path) -> str:
 
 
 def decode_image(data, size: int) -> Tensor:
-    """A JPEG or PNG file's bytes -> uint8 [size, size, 3], scaled down where the picture is larger; raises RuntimeError."""
-    image = torchvision.io.decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), torchvision.io.ImageReadMode.RGB)
+    """A JPEG or PNG file's bytes -> uint8 [size, size, 3], scaled down where the picture is larger; raises DamagedImage."""
+    data = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    try:
+        image = torchvision.io.decode_image(data, torchvision.io.ImageReadMode.RGB)
+    except RuntimeError as error:
+        raise DamagedImage(str(error)) from None
     if image.shape[1:] != (size, size):
         image = F.interpolate(image[None], (size, size), mode="bicubic", antialias=True)[0]
     return image.permute(1, 2, 0)  # [3, S, S] -> [S, S, 3], as it lies in memory
@@ -133,8 +142,9 @@ class RowSet:
         except (OSError, ValueError) as error:
             raise UserError(f"cannot open {folder}/{self.stored_size} ({error}): build the data again") from None
         self.columns = {name: table[name] for name in ("image", "caption", "caption_short", "key")}
-        held_out = np.array([is_held_out(key) for chunk in self.columns["key"].chunks for key in chunk.to_pylist()], dtype=bool)
-        self.train, self.held_out = np.flatnonzero(~held_out), np.flatnonzero(held_out)
+        keys = (key for chunk in self.columns["key"].chunks for key in chunk.to_pylist())
+        held_out = np.fromiter(map(is_held_out, keys), dtype=bool)
+        self.train, self.held_out = (np.flatnonzero(x).astype(np.int32) for x in (~held_out, held_out))
         if len(self.train) == 0:
             raise UserError(f"{folder} has no rows to train on")
         self.latents = self.find_latents(cfg)
@@ -160,13 +170,19 @@ class RowSet:
     def read(self, row: int, kind: str | None = "caption") -> dict:
         """One row: image uint8 [S, S, 3], key, the caption of the given kind (None: the empty prompt), its latents or None.
 
-        Raises RuntimeError where the image does not decode.
+        Raises DamagedImage where the image does not decode.
         """
         row, latents = int(row), None
         if self.latents:
             latents = self.latents.read(row, kind) if kind else self.latents.prompts[""]
         return {"image": decode_image(self.columns["image"][row].as_buffer(), self.image_size), "latents": latents,
                 "caption": self.columns[kind][row].as_py() if kind else "", "key": self.columns["key"][row].as_py()}
+
+    def read_held_out(self, n: int) -> Iterator[dict]:
+        """The first `n` rows that are held out, without those whose image is damaged."""
+        for row in self.held_out[:n]:
+            with contextlib.suppress(DamagedImage):
+                yield self.read(row)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -69,7 +69,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from muon import Muon, local
-from shards import Ring, RowSet, Slot, UserError
+from shards import DamagedImage, Ring, RowSet, Slot, UserError
 
 SOURCES = {name: Path(__file__).with_name(name).read_text() for name in ("train_prx.py", "muon.py", "shards.py")}  # before any edit
 SOURCE_HASH = hashlib.sha256("".join(SOURCES.values()).encode()).hexdigest()
@@ -991,7 +991,7 @@ class Chunks(torch.utils.data.Dataset):
         for row in order.take(range(place, place + self.TRIES), mode="wrap"):
             try:
                 return s.read(row, kind)
-            except RuntimeError:
+            except DamagedImage:
                 print(f"warning: {s.folder}/{s.stored_size} row {row} does not decode and is passed over: "
                       f"`python data_prep.py check --data={s.folder}`", file=sys.stderr)
         raise UserError(f"{s.folder}/{s.stored_size}: {self.TRIES} rows in a row do not decode: build the data again")
@@ -1193,6 +1193,7 @@ def write_ema(path: Path, ema: EMA, cfg: Config, step: int, data: dict) -> None:
         metadata = {"format": "nanoprx", "config": json.dumps(config_to_json(cfg)), "step": str(step),
                     "source": SOURCE_HASH, "data": json.dumps(data)}
         save_file(tensors, path.with_suffix(".partial"), metadata=metadata)
+        shutil.copymode(path.with_name("log.txt"), path.with_suffix(".partial"))  # safetensors leaves it to its owner alone
         os.replace(path.with_suffix(".partial"), path)
     dist.barrier()
 
@@ -1282,7 +1283,7 @@ def clip_gradients(model: nn.Module, max_norm: float) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def held_out_loss(model: PRX, chunks: Chunks, encode_text: TextEncoder, cfg: Config, device: torch.device) -> float | None:
     """The flow-matching loss of up to 64 held-out rows, dense, each at a fixed t and noise; None where no row is held out."""
-    rows = [s.read(row) for s in chunks.sets for row in s.held_out[: -(-64 // len(chunks.sets))]]
+    rows = [row for s in chunks.sets for row in s.read_held_out(-(-64 // len(chunks.sets)))]
     errors = []
     for first in range(0, len(rows), cfg.micro_batch):
         part = rows[first : first + cfg.micro_batch]

@@ -256,6 +256,27 @@ def test_two_processes_share_the_work_and_write_the_bytes_of_one(sets, networks,
     assert "256 tokens" in other.error() and "delete it" in other.error()
 
 
+def test_a_full_disk_while_embedding_is_one_line_and_the_same_command_continues(tmp_path, sets, networks):
+    build("flux_generated", sets / "in/flux_generated", tmp_path / "out")
+    script = tmp_path / "small_disk.py"
+    script.write_text(f"""
+import resource, sys
+sys.path.insert(0, {str(ROOT)!r})
+import data_prep
+resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))  # a shard's latents are larger
+data_prep.run_main(data_prep.main)
+""")
+    flags = ["embed", "--data=out", f"--encoder={networks / 't5gemma'}"]
+    result = run(tmp_path, script, *flags)
+    assert result.status == 2 and "Traceback" not in result.stderr, result
+    assert "error: cannot write out/text-t5gemma" in result.stderr and "the same command continues" in result.stderr
+    assert "text" not in read_manifest(tmp_path / "out")
+    assert run(tmp_path, "data_prep.py", *flags).status == 0
+    shutil.rmtree(tmp_path / "out/text-t5gemma")  # as training asks for where a file is damaged
+    assert run(tmp_path, "data_prep.py", *flags).status == 0
+    data_prep.main(["check", f"--data={tmp_path / 'out'}"])
+
+
 def test_training_refuses_latents_of_another_encoder(tmp_path, embedded, networks):
     (tmp_path / "other").symlink_to(networks / "dinov2")
     (tmp_path / "t5gemma").mkdir()
