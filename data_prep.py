@@ -476,8 +476,9 @@ def join_parts(folder: Path, sizes: list[int], parts: int) -> dict:
         (folder / str(size)).mkdir(exist_ok=True)
         for i, (record, skip) in enumerate(zip(records, repeated)):
             part, shard = folder / "parts" / f"{i:05d}" / f"{size}.arrow", folder / str(size) / f"data-{i:05d}.arrow"
-            info = record["shards"][str(size)]
-            if part.exists() and skip.any():
+            if skip.all():
+                continue
+            if part.exists() and skip.any():  # a part that is not there was moved before this command was killed
                 writer = ShardWriter(part.with_suffix(".once"))
                 for row, repeats in zip(read_rows(part), skip):
                     if not repeats:
@@ -485,14 +486,10 @@ def join_parts(folder: Path, sizes: list[int], parts: int) -> dict:
                 writer.close()
                 os.rename(writer.file, shard)
                 part.unlink()
-            elif part.exists():  # else moved before this command was killed
+            elif part.exists():
                 os.rename(part, shard)
-            if skip.any():
-                info = describe_shard(shard, info["rows"] - int(skip.sum()))
-            if info["rows"]:
-                shards[f"{size}/{shard.name}"] = info
-            else:
-                shard.unlink(missing_ok=True)
+            info = describe_shard(shard, int((~skip).sum())) if skip.any() else record["shards"][str(size)]
+            shards[f"{size}/{shard.name}"] = info
         names = [name.partition("/")[2] for name in shards if name.startswith(f"{size}/")]
         DatasetInfo(features=COLUMNS).write_to_directory(str(folder / str(size)))
         # the fingerprint keys datasets' caches: made from the contents, so equal data has equal caches and equal bytes
@@ -525,8 +522,9 @@ def write_dataset(out: Path, parts: Callable[[Callable], Iterator[Part]], make: 
         if out.exists():
             raise UserError(f"{out} exists and is never overwritten: name another folder with --out, or delete it")
         begun, manifest = folder / "settings.json", folder / "manifest.json"
-        if begun.exists() and json.loads(begun.read_text()) != settings:
-            raise UserError(f"{folder} was begun with the settings in its {begun.name}: repeat those to continue, or delete it")
+        stored = next((json.loads(file.read_text()) for file in (manifest, begun) if file.exists()), settings)
+        if {name: stored.get(name) for name in settings} != settings:
+            raise UserError(f"{folder} was begun with other settings, which are in its settings.json: repeat those to continue, or delete it")
         (folder / "parts").mkdir(parents=True, exist_ok=True)
         write_json(begun, settings)
         if not manifest.exists():

@@ -161,6 +161,32 @@ def test_one_huge_row_group_is_not_held_in_memory(tmp_path):
     assert len(used) == 600 and max(used) - used[0] < 90 << 20  # of 180 MB; measured 58 MB
 
 
+def test_a_file_of_nothing_new_leaves_no_shard_and_a_join_that_was_killed_goes_on(tmp_path, monkeypatch):
+    source = make_set(tmp_path / "in", "flux_reason", replaced={i: {"image": jpeg(i - 20)} for i in range(20, 40)} | {41: {"image": jpeg(0)}})
+    whole = build("flux_reason", source, tmp_path / "whole")
+    assert whole["dropped"] == {"duplicate": 21} and len(whole["shards"]) == 4
+    for moves in (1, 2, 4):  # killed when so many of the four shards have been moved to their place
+        honest, left = os.rename, [moves]
+
+        def rename(old, new):
+            if Path(new).name.startswith("data-"):
+                if not left[0]:
+                    raise KeyboardInterrupt
+                left[0] -= 1
+            honest(old, new)
+
+        monkeypatch.setattr(os, "rename", rename)
+        try:
+            build("flux_reason", source, tmp_path / "out", "--workers=0")
+        except KeyboardInterrupt:
+            pass
+        monkeypatch.setattr(os, "rename", honest)
+        if moves < 4:
+            build("flux_reason", source, tmp_path / "out", "--workers=0")
+        assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+        shutil.rmtree(tmp_path / "out")
+
+
 def test_limit_reads_the_first_rows(sets, tmp_path):
     manifest = build("flux_reason", sets / "in/flux_reason", tmp_path / "out", "--limit=25")
     assert manifest["rows"] == 25 and manifest["limit"] == 25
@@ -394,7 +420,7 @@ def test_workers_die_with_the_command(tmp_path):
 def test_a_build_begun_with_other_settings_is_not_continued(tmp_path, sets):
     (tmp_path / "out.partial/parts/00000").mkdir(parents=True)
     (tmp_path / "out.partial/settings.json").write_text('{"sizes": [16]}')
-    with pytest.raises(UserError, match="was begun with the settings in its settings.json"):
+    with pytest.raises(UserError, match="was begun with other settings"):
         build("midjourney", sets / "in/midjourney", tmp_path / "out")
 
 
