@@ -270,7 +270,7 @@ def crop_and_encode(image: Image.Image, size: int, file_format: str, quality: in
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     x = torch.from_numpy(np.array(image.crop((left, top, left + side, top + side)))).permute(2, 0, 1)[None]  # [1, 3, S, S]
-    if side != size:  # torch's uint8 bicubic: Pillow's result to one grey level, in an eighth of its time
+    if side != size:  # torch's uint8 bicubic: Pillow's result to two grey levels, in an eighth of its time
         x = F.interpolate(x, (size, size), mode="bicubic", antialias=True)
     image, buffer = Image.fromarray(x[0].permute(1, 2, 0).numpy()), io.BytesIO()  # without the source's profile and comments
     if file_format == "jpeg":

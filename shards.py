@@ -228,6 +228,7 @@ class Ring(torch.utils.data.Dataset):
 
     In fresh memory each 4 KB costs a page fault, and once more where a tensor travels from process to process: slots that
     are used again made readers 1.4 times as fast. The slot of chunk k - 3 is written again when chunk k is handed out.
+    The record's eight workers have 19 slots, of 31 MB at 512px and 69 MB at 1024px.
     """
 
     AHEAD = 2  # chunks that a worker process reads ahead
@@ -254,11 +255,11 @@ class Ring(torch.utils.data.Dataset):
     def lock_pages(self) -> None:
         """Let the GPU copy from the slots by itself, without a copy of its own on the host."""
         for x in self._tensors():
-            torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(x.data_ptr(), x.nbytes, 0)))
+            torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(x.data_ptr(), x.nbytes, 0))
 
     def unlock_pages(self) -> None:
         for x in self._tensors():
-            torch.cuda.check_error(int(torch.cuda.cudart().cudaHostUnregister(x.data_ptr())))
+            torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(x.data_ptr()))
 
     def _tensors(self) -> list[Tensor]:
         return [x for slot in self.slots for x in (slot.images, slot.latents) if x is not None]

@@ -655,6 +655,7 @@ def load_pretrained(loader, model_id: str, **kwargs):
     """`loader.from_pretrained`, its failures as one UserError: the id, where access is asked for, the open fallback."""
     from transformers import logging as transformers_logging
 
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its five attempts, before the one line below
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()  # a report of the decoder's unused weights; missing ones raise below
     try:
