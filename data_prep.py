@@ -27,11 +27,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from ctypes import CDLL
 from dataclasses import dataclass, replace
 from functools import partial
-from glob import escape
+from glob import escape, glob
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
@@ -92,15 +92,15 @@ class Part(NamedTuple):
     content: object  # what the source's `make_rows` takes; pickled
 
 
-Finished = Callable[[str, str], int | None]  # name and fingerprint of a part -> its source's rows if it is done, else None
+Finished = Callable[[int, str, str], int | None]  # a part's number, name, fingerprint -> its source's rows if done, else None
 
 
 def set_parts(source: HubSet, files: dict[str, str], fetch: Callable[[str], Path], limit: int, finished: Finished) -> Iterator[Part]:
     """A part for each parquet file, until they hold `limit` rows; only what is not finished is fetched."""
-    for name, fingerprint in files.items():
+    for i, (name, fingerprint) in enumerate(files.items()):
         if limit <= 0:
             return
-        rows, file = finished(name, fingerprint), None
+        rows, file = finished(i, name, fingerprint), None
         if rows is None:
             file = fetch(name)
             rows = min(parquet_rows(file, source), limit)
@@ -114,9 +114,16 @@ def parquet_rows(file: Path, source: HubSet) -> int:
         parquet = pq.ParquetFile(file)
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"{file} is cut or damaged ({first_line(error)}): download it again") from None
-    missing = {source.image, *source.captions, *([source.key] if source.key else [])} - set(parquet.schema_arrow.names)
+    schema = parquet.schema_arrow
+    missing = {source.image, *source.captions, *([source.key] if source.key else [])} - set(schema.names)
     if missing:
-        raise UserError(f"{file} has no column {' or '.join(sorted(missing))}; it has {', '.join(parquet.schema_arrow.names)}")
+        raise UserError(f"{file} has no column {' or '.join(sorted(missing))}; it has {', '.join(schema.names)}")
+    for name in source.captions:
+        if not (pa.types.is_string(schema.field(name).type) or pa.types.is_large_string(schema.field(name).type)):
+            raise UserError(f"{file}: column {name} holds {schema.field(name).type}, not captions")
+    image = schema.field(source.image).type
+    if not (pa.types.is_struct(image) and image.get_field_index("bytes") >= 0):
+        raise UserError(f"{file}: column {source.image} holds {image}, not {{bytes, path}}")
     return parquet.metadata.num_rows
 
 
@@ -138,7 +145,7 @@ def read_set(source: HubSet, keep: bool, file: Path, rows: int) -> Iterator[tupl
                 yield None if key is None else str(key), (row[source.image] or {}).get("bytes"), next(good, ""), ""
         if not keep:
             file.unlink()
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
         raise UserError(f"{file} is cut or damaged ({first_line(error)}): download it again") from None
 
 
@@ -148,7 +155,7 @@ def find_set(source: HubSet, folder: Path | None, revision: str | None, download
     Raises UserError where `folder` has none, or where the hub cannot be reached or does not give them.
     """
     if folder is not None:
-        files = {str(path.relative_to(folder)): f"{path.stat().st_size} bytes" for path in sorted(folder.rglob(source.files))}
+        files = {name: stamp(folder / name) for name in find_files(folder, source.files)}
         if not files:
             raise UserError(f"no {source.files} in {folder}: --input takes the folder that {source.repo} was downloaded into")
         return files, lambda name: folder / name, revision or "not stated"
@@ -169,20 +176,33 @@ def find_set(source: HubSet, folder: Path | None, revision: str | None, download
     return files, lambda name: Path(ask(huggingface_hub.hf_hub_download, filename=name, revision=info.sha, local_dir=downloads)), info.sha
 
 
+def find_files(folder: Path, pattern: str) -> list[str]:
+    """Paths, relative to `folder` and sorted, of its files and those of folders in it; links are followed."""
+    return sorted(glob(f"**/{pattern}", root_dir=folder, recursive=True))
+
+
+def stamp(file: str | Path | None) -> str:
+    """What tells whether a file has changed: its size and its time."""
+    return f"{os.stat(file).st_size} bytes, {os.stat(file).st_mtime_ns}" if file and os.path.exists(file) else "missing"
+
+
 def folder_rows(folder: Path, caption_columns: list[str]) -> Iterator[tuple[str | None, str, str]]:
     """Yield (file, caption, short caption) in the order of the metadata, or of the file names where there is none.
 
     The file is None where the metadata names none; captions may be empty. Raises UserError for unusable metadata.
     """
-    metadata = sorted(path for path in folder.rglob("metadata.*") if path.suffix in (".csv", ".jsonl", ".parquet"))
+    metadata = [folder / name for name in find_files(folder, "metadata.*") if Path(name).suffix in (".csv", ".jsonl", ".parquet")]
     if not metadata:
-        files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in ImageFolder.EXTENSIONS)
-        if not any(path.with_suffix(".txt").exists() for path in files):
+        files = [folder / name for name in find_files(folder, "*") if Path(name).suffix.lower() in ImageFolder.EXTENSIONS]
+        if not any(path.with_suffix(".txt").is_file() for path in files):
             raise UserError(f"no captioned pictures in {folder}: it needs metadata.csv or metadata.jsonl with the columns "
                             "file_name and text, or name.txt beside name.jpg")
         for path in files:
             text = path.with_suffix(".txt")
-            yield str(path), text.read_text("utf-8", "replace") if text.exists() else "", ""
+            try:
+                yield str(path), text.read_text("utf-8-sig", "replace") if text.is_file() else "", ""
+            except OSError as error:
+                raise UserError(f"cannot read {text}: {error}") from None
         return
     for path in metadata:
         if path.stat().st_size == 0:
@@ -207,7 +227,7 @@ def folder_parts(rows: Iterable[tuple], finished: Finished) -> Iterator[Part]:
     """The rows of a folder in parts."""
     rows, first = iter(rows), 0
     while content := list(islice(rows, ROWS_A_PART)):
-        stamps = [file and os.path.exists(file) and os.stat(file)[6:9:2] for file, _, _ in content]  # size and time
+        stamps = [stamp(file) for file, _, _ in content]
         yield Part(f"rows {first} to {first + len(content) - 1}", sha256_of(json.dumps([content, stamps])), len(content), (content,))
         first += len(content)
 
@@ -219,7 +239,8 @@ def read_folder(folder: Path, content: list[tuple]) -> Iterator[tuple[str | None
             data = Path(file).read_bytes() if file else None
         except OSError:
             data = None
-        yield file and os.path.relpath(file, folder), data, caption, caption_short
+        key = os.fsencode(os.path.relpath(file, folder)).decode("utf-8", "replace") if file else None
+        yield key, data, caption, caption_short
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -231,6 +252,7 @@ class Drop(Exception):
 
 
 MAX_CAPTION = 10_000  # characters; an encoder reads 256 tokens, about 1,200. What is longer is no caption
+BLANK = re.compile(r"[\s\x00-\x1f\x7f\ufeff]+")  # in a caption: spaces, lines, control characters, byte-order marks
 UNUSABLE = ("unreadable", "missing file", "too large", "too small")  # reasons of which a shard has 1% at the most
 
 
@@ -296,7 +318,7 @@ def make_rows(read: Callable[..., Iterator[tuple]], settings: dict, source: str,
         try:
             if len(caption) > MAX_CAPTION:
                 raise Drop("caption too long")
-            caption, caption_short = (" ".join(text.split()) for text in (caption, caption_short[:MAX_CAPTION]))
+            caption, caption_short = (BLANK.sub(" ", text).strip() for text in (caption, caption_short[:MAX_CAPTION]))
             if not caption:
                 raise Drop("empty caption")
             if data is None:
@@ -344,16 +366,16 @@ def start_worker(done, stop) -> None:
             raise Stopped
 
 
-def in_workers(work: Callable, tasks: Iterable[tuple], workers: int, bar: tqdm) -> Iterator:
-    """Yield work(*task) for every task, in the order in which they end; 0 workers: in this process.
+def in_workers(tasks: Iterable[tuple], workers: int, bar: tqdm) -> Iterator:
+    """Yield function(*arguments) for every task (function, *arguments) as they end; 0 workers: in this process, in order.
 
-    The first exception ends the others and is raised here. `tasks` are taken as workers become free; each row that `work`
-    ticks off moves `bar`.
+    The first exception ends the others and is raised here. `tasks` are taken as workers become free; each row that a
+    task ticks off moves `bar`.
     """
     global tick
     if not workers:
         tick = bar.update
-        yield from (work(*task) for task in tasks)
+        yield from (function(*arguments) for function, *arguments in tasks)
         return
     context = get_context("fork")
     done, stop, shown = context.Value("q", 0), context.Event(), 0
@@ -361,7 +383,7 @@ def in_workers(work: Callable, tasks: Iterable[tuple], workers: int, bar: tqdm) 
     tasks, pending = iter(tasks), set()
     try:
         while True:
-            pending |= {pool.submit(work, *task) for task in islice(tasks, 2 * workers - len(pending))}
+            pending |= {pool.submit(*task) for task in islice(tasks, 2 * workers - len(pending))}
             if not pending:
                 return
             ended, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
@@ -419,7 +441,7 @@ def describe_shard(file: Path, rows: int) -> dict:
 
 
 @contextmanager
-def locked(path: Path, what: str, patience: float = 1) -> Iterator[None]:
+def locked(path: Path, what: Path, patience: float = 1) -> Iterator[None]:
     """Hold the lock file `path`; raises UserError if another process does, for `patience` seconds, or for an OSError inside."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -431,7 +453,12 @@ def locked(path: Path, what: str, patience: float = 1) -> Iterator[None]:
     except Timeout:
         raise UserError(f"another process is writing {what}: wait for it, or name another folder with --out") from None
     except OSError as error:
-        raise UserError(f"cannot write {what}: {error}; what is done is kept, and the same command continues") from error
+        raise cannot_write(what, error) from error
+
+
+def cannot_write(what: Path, error: Exception) -> UserError:
+    kept = "; what is done is kept, and the same command continues" if what.is_dir() or Path(f"{what}.partial/parts").is_dir() else ""
+    return UserError(f"cannot write {what}: {first_line(error)}{kept}")
 
 
 def write_part(folder: Path, index: int, part: Part, sizes: list[int], make: Callable) -> None:
@@ -508,7 +535,7 @@ def write_dataset(out: Path, parts: Callable[[Callable], Iterator[Part]], make: 
                   settings: dict, prompts: list[str] | None = None, workers: int = 0, total: int | None = None) -> dict:
     """Write a source to `out`: shards for each size, the same rows in the same order, and manifest.json, which is returned.
 
-    `parts(finished)` yields the source's stretches; finished(name, fingerprint) is the number of source rows of one
+    `parts(finished)` yields the source's stretches; finished(number, name, fingerprint) is the number of source rows of one
     that is done already, else None. `make(part, dropped)` yields its rows, {"key", "images": {size: JPEG or PNG bytes of
     size x size}, "caption", "caption_short", "source", "digest": 16 bytes that equal images share}, and counts what it
     leaves out. `settings` go into the manifest and decide the bytes; "sizes" is in px. `prompts` are the captions of the
@@ -517,8 +544,10 @@ def write_dataset(out: Path, parts: Callable[[Callable], Iterator[Part]], make: 
     if other settings began it, or if no row is left.
     """
     out, folder = Path(out), Path(f"{out}.partial")
+    if set(",:") & set(str(out)):
+        raise UserError(f"--out={out}: the flag --data of train_prx.py separates folders and weights by ',' and ':', so no name may have them")
     settings = json.loads(json.dumps(settings))  # as they are read back
-    with locked(Path(f"{out}.lock"), str(out)):
+    with locked(Path(f"{out}.lock"), out):
         if out.exists():
             raise UserError(f"{out} exists and is never overwritten: name another folder with --out, or delete it")
         begun, manifest = folder / "settings.json", folder / "manifest.json"
@@ -549,30 +578,32 @@ def write_dataset(out: Path, parts: Callable[[Callable], Iterator[Part]], make: 
 def make_parts(folder: Path, parts: Callable, make: Callable, sizes: list[int], workers: int, bar: tqdm) -> dict:
     """Make those parts in folder/parts that are not there, then join all of them; returns the manifest's counts."""
     done = {int(file.parent.name): json.loads(file.read_text()) for file in folder.glob("parts/[0-9]*/part.json")}
-    known = {(record["name"], record["fingerprint"]): record["source_rows"] for record in done.values()}
     count = 0
+
+    def finished(index: int, name: str, fingerprint: str) -> int | None:
+        record = done.get(index, {})
+        return record["source_rows"] if (record.get("name"), record.get("fingerprint")) == (name, fingerprint) else None
 
     def missing() -> Iterator[tuple]:
         nonlocal count
-        for part in parts(lambda *which: known.get(which)):
-            record = done.get(count, {})
-            if (record.get("name"), record.get("fingerprint")) == (part.name, part.fingerprint):
+        for part in parts(finished):
+            if finished(count, part.name, part.fingerprint) is not None:
                 bar.initial += part.rows  # the rate is that of this command alone
                 bar.update(part.rows)
             else:
                 shutil.rmtree(folder / "parts" / f"{count:05d}", ignore_errors=True)  # the source has changed
-                yield folder / "parts", count, part, sizes, make
+                yield write_part, folder / "parts", count, part, sizes, make
             count += 1
 
     with bar:
-        for _ in in_workers(write_part, missing(), workers, bar):
+        for _ in in_workers(missing(), workers, bar):
             pass
     return join_parts(folder, sizes, count)
 
 
 def write_json(path: Path, value: dict) -> None:
     """Write `value` as JSON, aside and then renamed, so that the file is never there half-written."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")  # several processes may write the same
+    aside = path.with_name(f".{path.name}")
     aside.write_text(json.dumps(value, indent=2) + "\n")
     os.rename(aside, path)
 
@@ -614,7 +645,7 @@ def build(args) -> None:
         read, name = partial(read_set, source, args.input is not None), args.source
     else:
         folder = Path(args.source).resolve()
-        if not folder.is_dir():
+        if not args.source or not folder.is_dir():
             raise UserError(f"no folder {args.source}: --source takes a folder of pictures with captions, or {', '.join(SETS)}")
         if args.input or args.revision:
             raise UserError(f"--input and --revision go with --source={'|'.join(SETS)}: a folder is its own input")
@@ -658,71 +689,82 @@ def encoder_revision(encoder: str) -> str:
 
 def embed(args) -> None:
     """Latents of every caption, a file a shard. Any number of processes share the work: each takes shards that no other holds."""
-    manifest, name = read_manifest(args.data), text_folder(args.encoder)
+    name, revision = text_folder(args.encoder), encoder_revision(args.encoder)
     folder, begun = args.data / name, args.data / name / "settings.json"
-    settings = {"encoder": args.encoder, "revision": encoder_revision(args.encoder), "tokens": args.text_tokens, "dtype": "bfloat16"}
-    if not folder.exists() and manifest.get("text", {}).pop(name, None):  # deleted, as a message of ours asks for
-        write_json(args.data / "manifest.json", manifest)
-    stored = manifest.get("text", {}).get(name) or (json.loads(begun.read_text()) if begun.exists() else settings)
-    if any(stored[key] != settings[key] for key in ("revision", "tokens")):
-        raise UserError(f"{folder} was made with {stored['encoder']}, revision {stored['revision']}, and {stored['tokens']} tokens: "
-                        "delete it to make it again")
+    settings = {"encoder": args.encoder, "revision": revision, "tokens": args.text_tokens, "dtype": "bfloat16"}
+
+    def manifest_lock():
+        return locked(args.data / ".lock", folder, patience=60)
+
+    read_manifest(args.data)  # before a lock is written where there is no data
+    with manifest_lock():
+        manifest = read_manifest(args.data)
+        if not folder.exists() and manifest.get("text", {}).pop(name, None):  # deleted, as a message of ours asks for
+            write_json(args.data / "manifest.json", manifest)
+        done = manifest.get("text", {}).get(name)
+        stored = done or (json.loads(begun.read_text()) if begun.exists() else settings)
+        if any(stored[key] != settings[key] for key in ("revision", "tokens")):
+            raise UserError(f"{folder} was made with {stored['encoder']}, revision {stored['revision']}, and {stored['tokens']} tokens: "
+                            "delete it to make it again")
+        if not done:
+            folder.mkdir(exist_ok=True)
+            write_json(begun, settings)
     shards = {Path(shard).stem: args.data / shard for shard in manifest["shards"] if shard.startswith(f"{manifest['sizes'][0]}/")}
     records = {stem: folder / f"{stem}.json" for stem in ["prompts", *shards]}
-    try:
-        folder.mkdir(exist_ok=True)
+    if not done:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        encoder = T5GemmaText(replace(Config(), text_encoder=args.encoder, text_tokens=args.text_tokens),
+                              torch.device(device, int(os.environ.get("LOCAL_RANK", 0))))
+        left = [stem for stem, record in records.items() if not record.exists()]
+        captions = 2 * sum(manifest["shards"][f"{manifest['sizes'][0]}/{stem}.arrow"]["rows"] for stem in left if stem in shards)
+        with tqdm(desc=str(folder), total=captions // int(os.environ.get("WORLD_SIZE", 1)), unit=" captions",
+                  disable=os.environ.get("RANK", "0") != "0") as bar:
+            for stem in left:
+                if begun.exists() and not records[stem].exists():
+                    embed_shard(folder, stem, shards.get(stem), manifest, encoder, bar)
+    with manifest_lock():
+        manifest = read_manifest(args.data)  # another process may have written it meanwhile
         if name not in manifest.get("text", {}):
-            write_json(begun, settings)
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-            encoder = T5GemmaText(replace(Config(), text_encoder=args.encoder, text_tokens=args.text_tokens),
-                                  torch.device(device, int(os.environ.get("LOCAL_RANK", 0))))
-            with tqdm(desc=str(folder), total=2 * manifest["rows"], unit=" captions", disable=os.environ.get("RANK", "0") != "0") as bar:
-                for stem, record in records.items():
-                    if not record.exists():
-                        embed_shard(folder, stem, shards.get(stem), manifest, encoder, bar)
-        with locked(folder / ".lock", str(folder), patience=60):
-            manifest = read_manifest(args.data)  # another process may have written it meanwhile
-            if name not in manifest.get("text", {}):
-                if not all(record.exists() for record in records.values()):
-                    return  # other processes are at work on the rest, and the last of them ends this
-                files = {f"{stem}.safetensors": json.loads(record.read_text()) for stem, record in records.items()}
-                manifest.setdefault("text", {})[name] = {**settings, "dim": encoder.dim, "shards": files}
-                write_json(args.data / "manifest.json", manifest)
-            for rest in [begun, *records.values(), *folder.glob(".[a-z]*.*")]:  # and what a killed command has left
-                rest.unlink(missing_ok=True)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot write {folder}: {error}; what is done is kept, and the same command continues") from error
-    print(f"{folder}: latents of {manifest['rows']} rows by {args.encoder}, revision {settings['revision'][:12]}")
+            if not all(record.exists() for record in records.values()):
+                return  # other processes are at work on the rest, and the last of them ends this
+            files = {f"{stem}.safetensors": json.loads(record.read_text()) for stem, record in records.items()}
+            manifest.setdefault("text", {})[name] = {**settings, "dim": encoder.dim, "shards": files}
+            write_json(args.data / "manifest.json", manifest)
+        for rest in [begun, *records.values(), *folder.glob(".*")]:  # and what a killed command has left
+            rest.unlink(missing_ok=True)
+    print(f"{folder}: latents of {manifest['rows']} rows by {args.encoder}, revision {revision[:12]}")
 
 
 def embed_shard(folder: Path, stem: str, shard: Path | None, manifest: dict, encoder: T5GemmaText, bar: tqdm) -> None:
     """Write folder/<stem>.safetensors and its record, unless that is done or another process is doing it.
 
-    `shard` None: of the empty prompt and the sample grids' prompts, so that training needs no encoder.
+    `shard` None: of the empty prompt and the sample grids' prompts, so that training needs no encoder. Otherwise the
+    latents are held in memory until the shard is done: 3 GB for 5,000 captions of 128 tokens, 6 GB for the longest.
     """
-    file, record, lock = folder / f"{stem}.safetensors", folder / f"{stem}.json", folder / f".{stem}.lock"
+    record, lock = folder / f"{stem}.json", folder / f".{stem}.lock"
     try:
-        with FileLock(lock, timeout=0):
-            if record.exists() or not (folder / "settings.json").exists():
-                return  # done, or all is done
-            if shard is None:
-                latents, ends = embed_texts(encoder, ["", *manifest["prompts"]])
-                tensors, rows = {"latents": latents, "ends": ends}, len(ends)
-            else:
-                with pa.memory_map(str(shard)) as source, pa.ipc.open_stream(source) as stream:
-                    captions = stream.read_all().select(["caption", "caption_short"]).to_pydict()
-                tensors, rows = {}, len(captions["caption"])
-                for kind, texts in captions.items():
-                    tensors[kind], tensors[f"{kind}_ends"] = embed_texts(encoder, texts, bar)
-            aside = folder / f".{stem}.safetensors"
-            save_file(tensors, aside)
-            shutil.copymode(folder / "settings.json", aside)  # safetensors writes files that only their owner may read
-            os.rename(aside, file)
-            write_json(record, describe_shard(file, rows))
-    except Timeout:
-        return
-    finally:
-        lock.unlink(missing_ok=True)
+        with suppress(Timeout), FileLock(lock, timeout=0):
+            try:
+                if record.exists():
+                    return
+                if shard is None:
+                    latents, ends = embed_texts(encoder, ["", *manifest["prompts"]])
+                    tensors, rows = {"latents": latents, "ends": ends}, len(ends)
+                else:
+                    with pa.memory_map(str(shard)) as source, pa.ipc.open_stream(source) as stream:
+                        captions = stream.read_all().select(["caption", "caption_short"]).to_pydict()
+                    tensors, rows = {}, len(captions["caption"])
+                    for kind, texts in captions.items():
+                        tensors[kind], tensors[f"{kind}_ends"] = embed_texts(encoder, texts, bar)
+                file, aside = folder / f"{stem}.safetensors", folder / f".{stem}.{os.getpid()}"
+                save_file(tensors, aside)
+                shutil.copymode(shard or folder / "settings.json", aside)  # else only its owner could read it
+                os.rename(aside, file)
+                write_json(record, describe_shard(file, rows))
+            finally:
+                lock.unlink(missing_ok=True)  # while it is held: without it, it may be another's
+    except (OSError, SafetensorError) as error:
+        raise cannot_write(folder, error) from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -793,31 +835,29 @@ def check_latents(file: Path, shard: dict, dim: int) -> tuple[str, list[str], st
 
 def find_problems(data: Path, manifest: dict, workers: int = 0) -> Iterator[str]:
     """Yield one line, with file and row, for each way in which `data` is not what its manifest says."""
-    tasks = [(check_shard, (data / name, shard, int(name.partition("/")[0]))) for name, shard in manifest["shards"].items()]
+    tasks = [(check_shard, data / name, shard, int(name.partition("/")[0])) for name, shard in manifest["shards"].items()]
     for folder, text in manifest.get("text", {}).items():
-        tasks += [(check_latents, (data / folder / name, shard, text["dim"])) for name, shard in text["shards"].items()]
+        tasks += [(check_latents, data / folder / name, shard, text["dim"]) for name, shard in text["shards"].items()]
         images = [shard["rows"] for name, shard in manifest["shards"].items() if name.startswith(f"{manifest['sizes'][0]}/")]
         if [shard["rows"] for name, shard in text["shards"].items() if name != "prompts.safetensors"] != images:
             yield f"{data / folder}: its rows are not those of the images"
     orders: dict[str, set[str]] = {}
     with tqdm(desc=f"check {data}", total=manifest["rows"] * len(manifest["sizes"]), unit=" images") as bar:
-        for name, problems, order in in_workers(call, tasks, workers, bar):
+        for name, problems, order in in_workers(tasks, workers, bar):
             yield from problems
             orders.setdefault(name, set()).update([order] if order else [])
     for size in manifest["sizes"]:
         total = sum(shard["rows"] for name, shard in manifest["shards"].items() if name.startswith(f"{size}/"))
         if total != manifest["rows"]:
             yield f"{data / str(size)}: {total} rows, the manifest says {manifest['rows']}"
+        names = [name.partition("/")[2] for name in manifest["shards"] if name.startswith(f"{size}/")]
         try:
-            load_from_disk(str(data / str(size)))
+            if [Path(file["filename"]).name for file in load_from_disk(str(data / str(size))).cache_files] != names:
+                yield f"{data / str(size)}/state.json: lists other shards than the manifest"
         except Exception as error:
             yield f"{data / str(size)}: datasets cannot open it ({first_line(error)})"
     if any(len(order) > 1 for order in orders.values()):
         yield f"{data}: the sizes do not hold the same rows in the same order"
-
-
-def call(function: Callable, arguments: tuple):
-    return function(*arguments)
 
 
 def check(args) -> None:
@@ -827,7 +867,8 @@ def check(args) -> None:
         tqdm.write(problem)
         problems += 1
     if problems:
-        raise UserError(f"{args.data}: {problems} problem(s), listed above; build it again into another folder")
+        raise UserError(f"{args.data}: {problems} problem(s), listed above; what is wrong with shards: build them again into another "
+                        "folder; with latents: delete their folder and run embed again")
     latents = "".join(f"; latents by {text['encoder']}" for text in manifest.get("text", {}).values())
     print(f"{args.data}: OK, {manifest['rows']} rows at {', '.join(map(str, manifest['sizes']))} px in "
           f"{len(manifest['shards'])} shards{latents}; dropped when built: {describe(manifest['dropped'])}")
@@ -838,9 +879,9 @@ def check(args) -> None:
 
 
 def sizes(text: str) -> list[int]:
-    values = [int(value) for value in text.split(",") if value.isdecimal()]
-    if len(values) < text.count(",") + 1 or min(values) < 1 or len(set(values)) < len(values):
-        raise ArgumentTypeError(f"{text!r} is not a list of different sides in px, such as 512,1024")
+    values = [int(value) for value in text.split(",") if re.fullmatch("[1-9][0-9]{0,4}", value)]
+    if len(values) < text.count(",") + 1 or len(set(values)) < len(values):
+        raise ArgumentTypeError(f"{text[:80]!r} is not a list of different sides in px, such as 512,1024")
     return values
 
 
@@ -876,7 +917,7 @@ def main(argv: list[str]) -> None:
     command.add_argument("--quality", type=number(int, 1, 100), default=95, help="of the JPEGs, 1 to 100")
     command.add_argument("--caption_column", default="text,caption,prompt",
                          help="column of a folder's metadata; of several, the first that is there")
-    command.add_argument("--min_scale", type=number(float, 0), default=0.5,
+    command.add_argument("--min_scale", type=number(float, 0, 100), default=0.5,
                          help="an image whose short side is below this times the largest size is dropped as too small")
     command.add_argument("--max_unusable", type=number(float, 0, 1), default=0.01,
                          help=f"share of a shard's images, 0 to 1, that may be {', '.join(UNUSABLE)}; more is an error")
@@ -900,4 +941,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, every_rank=True)

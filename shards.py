@@ -12,8 +12,8 @@ import mmap
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import datasets
 import numpy as np
+import pyarrow as pa
 import safetensors.torch
 import torch
 import torch.nn.functional as F
@@ -47,10 +47,15 @@ def read_manifest(folder: str | Path) -> dict:
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"no data at {folder}: make it with `python scenes.py make --out={folder}` or "
                         f"`python data_prep.py build --source=DIR --out={folder}`, or point --data elsewhere") from None
-    except json.JSONDecodeError as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{folder}/manifest.json is damaged ({error}): build the data again") from None
-    if not isinstance(manifest, dict) or not {"sizes", "rows", "shards", "prompts"} <= manifest.keys():
-        raise UserError(f"{folder}/manifest.json is damaged (it lacks sizes, rows, shards or prompts): build the data again")
+    try:
+        whole = ({"rows", "prompts", "dropped"} <= manifest.keys() and min(manifest["sizes"]) > 0
+                 and all({"sha256", "bytes", "rows"} <= shard.keys() for shard in manifest["shards"].values()))
+    except (AttributeError, KeyError, TypeError, ValueError):
+        whole = False
+    if not whole:
+        raise UserError(f"{folder}/manifest.json is damaged (it lacks what a build writes): build the data again")
     return manifest
 
 
@@ -110,9 +115,10 @@ def open_latents(file: Path) -> dict[str, tuple]:
 class TextLatents:
     """The latents of a folder's captions as `data_prep.py embed` stored them: bf16, one after the other, no padding."""
 
-    def __init__(self, folder: Path, shards: dict[str, dict], prompts: list[str]):
-        self.files = [folder / name for name in shards if name != "prompts.safetensors"]
-        self.first_row = np.cumsum([0, *(shards[file.name]["rows"] for file in self.files)])
+    def __init__(self, folder: Path, text: dict, prompts: list[str]):
+        self.revision = text["revision"]
+        self.files = [folder / name for name in text["shards"] if name != "prompts.safetensors"]
+        self.first_row = np.cumsum([0, *(text["shards"][file.name]["rows"] for file in self.files)])
         stored = safetensors.torch.load_file(folder / "prompts.safetensors")
         self.prompts = dict(zip(["", *prompts], stored["latents"].tensor_split(stored["ends"][:-1])))
 
@@ -138,9 +144,11 @@ class RowSet:
         shards = {name: shard for name, shard in self.manifest["shards"].items() if name.startswith(f"{self.stored_size}/")}
         check_files(Path(folder), shards, "build the data again")
         try:
-            table = datasets.load_from_disk(f"{folder}/{self.stored_size}").data  # memory-mapped
-        except (OSError, ValueError) as error:
+            table = pa.concat_tables(pa.ipc.open_stream(pa.memory_map(f"{folder}/{name}")).read_all() for name in shards)  # not copied
+        except (OSError, pa.ArrowException) as error:
             raise UserError(f"cannot open {folder}/{self.stored_size} ({error}): build the data again") from None
+        if len(table) != self.manifest["rows"]:
+            raise UserError(f"{folder}/{self.stored_size} has {len(table)} rows, its manifest says {self.manifest['rows']}: build the data again")
         self.columns = {name: table[name] for name in ("image", "caption", "caption_short", "key")}
         keys = (key for chunk in self.columns["key"].chunks for key in chunk.to_pylist())
         held_out = np.fromiter(map(is_held_out, keys), dtype=bool)
@@ -165,7 +173,7 @@ class RowSet:
             if value != ours:
                 raise UserError(f"{self.folder}/{name} was made with {flag} {value}, not {ours}: pass --{flag}={value}")
         check_files(Path(self.folder) / name, text["shards"], f"delete {self.folder}/{name} and {again}")
-        return TextLatents(Path(self.folder) / name, text["shards"], self.manifest["prompts"])
+        return TextLatents(Path(self.folder) / name, text, self.manifest["prompts"])
 
     def read(self, row: int, kind: str | None = "caption") -> dict:
         """One row: image uint8 [S, S, 3], key, the caption of the given kind (None: the empty prompt), its latents or None.

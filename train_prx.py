@@ -225,12 +225,12 @@ class Parser(argparse.ArgumentParser):
         return parsed
 
 
-def run_main(main: Callable[[list[str]], None]) -> None:
-    """Run `main(argv)`; a UserError becomes one line on rank 0 and exit status 2, not a traceback."""
+def run_main(main: Callable[[list[str]], None], every_rank: bool = False) -> None:
+    """Run `main(argv)`; a UserError becomes one line, on rank 0 or on every rank, and exit status 2, not a traceback."""
     try:
         main(sys.argv[1:])
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
+        if every_rank or os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -952,7 +952,7 @@ class Chunks(torch.utils.data.Dataset):
     permutation of its own. Chunk c of step s holds rows (s * chunks_per_step + c) * micro_batch onwards.
     """
 
-    SLOTS = 1_000  # the mix repeats after this many rows, so weights are met to one in a thousand
+    SLOTS = 10_000  # the mix repeats after this many rows, so weights are met to one in ten thousand
     TRIES = 3  # rows in a row that may be unreadable
 
     def __init__(self, cfg: Config, stage: Stage, first_row: int):
@@ -974,6 +974,11 @@ class Chunks(torch.utils.data.Dataset):
             self.slot_set[k], self.slot_rank[k] = s, given[s]
             given[s] += 1
         self.slots_of = given
+        if not given.all():
+            never = self.sets[int(np.argmin(given))].folder
+            raise UserError(f"--data={cfg.data}: {never} has so little weight that it would never be read: give it more, as in {never}:1")
+        if len({s.latents.revision for s in self.sets if s.latents}) > 1:
+            raise UserError(f"--data={cfg.data}: the sets' text latents are of different revisions of {cfg.text_encoder}: embed them again")
         self.permutations: dict[int, tuple[int, np.ndarray]] = {}  # set -> (epoch, order), the one in use
 
     def locate(self, position: int) -> tuple[RowSet, np.ndarray, int]:

@@ -226,6 +226,22 @@ def test_short_captions_are_the_column_or_the_first_sentence(tmp_path):
     assert rows[0]["caption"] == "A cat vs. a dog. It is night! Nobody is there."
 
 
+def test_odd_names_and_captions_are_kept_readable(tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i, (name, caption) in enumerate([(b"a.png", b"\xef\xbb\xbfa dog\x00 by\t the\n sea"), (b"\xff.png", b"a cat"),
+                                         ("ü ,:.png".encode(), "Größe".encode())]):
+        with open(os.path.join(os.fsencode(folder), name), "wb") as file:
+            picture(i).save(file, "PNG")
+        with open(os.path.join(os.fsencode(folder), name[:-4] + b".txt"), "wb") as file:
+            file.write(caption)
+    (folder / "nocaption.png").write_bytes(encoded(picture(3), "PNG"))
+    (folder / "nocaption.txt").mkdir()
+    assert build(folder, tmp_path / "out")["dropped"] == {"empty caption": 1}
+    assert {row["key"]: row["caption"] for row in rows_of(tmp_path / "out", 32)} == {
+        "a.png": "a dog by the sea", "\ufffd.png": "a cat", "ü ,:.png": "Größe"}
+
+
 def test_held_out_captions_come_first_among_the_prompts(tmp_path):
     held_out = next(f"{i}.png" for i in range(10_000) if is_held_out(f"{i}.png"))
     names = [f"x{i}.png" for i in range(20)]
@@ -407,6 +423,9 @@ def test_check_notices_sizes_that_hold_other_rows(good, tmp_path):
     (["build", "--source=pictures", "--out=out", "--size=32", "--format=gif"], "png"),
     (["build", "--source=pictures", "--out=out", "--size=32", "--caption_column=label"], "label.*it has image, text"),
     (["build", "--source=nowhere", "--out=out", "--size=32"], "no folder nowhere"),
+    (["build", "--source=", "--out=out", "--size=32"], "no folder"),
+    (["build", "--source=pictures", "--out=a,b", "--size=32"], "separates folders"),
+    (["embed", "--data=nowhere"], "no data at nowhere|cannot load google/t5gemma"),
     (["build", "--source=flux_reason", "--out=out", "--size=32"], "LucasFang/FLUX-Reason-6M.*access: https.*--input=DIR"),
     (["build", "--source=flux_reason", "--out=out", "--size=32", "--input=nowhere"], "no folder nowhere"),
     (["build", "--source=flux_reason", "--out=out", "--size=32", "--input=pictures"], r"no fluxdb-\*.parquet in pictures"),

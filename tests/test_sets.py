@@ -201,6 +201,28 @@ def test_any_number_of_workers_writes_the_same_bytes(sets, tmp_path):
         "manifest.json": files_of(tmp_path / "0")["manifest.json"]}
 
 
+def test_a_file_added_before_a_finished_one_is_read_when_the_build_goes_on(tmp_path):
+    source = make_set(tmp_path / "in", "flux_reason")
+    last = source / FILES["flux_reason"][2]
+    whole = last.read_bytes()
+    data = bytearray(whole)
+    column = pq.ParquetFile(last).metadata.row_group(0).column(1)
+    data[column.data_page_offset : column.data_page_offset + 30] = bytes(30)
+    last.write_bytes(data)
+    with pytest.raises(UserError, match="cut or damaged"):
+        build("flux_reason", source, tmp_path / "out", "--workers=0")
+    last.write_bytes(whole)
+    write_parquet(source / "Aesthetics-Part00/fluxdb-9.parquet", [row_of("flux_reason", i) for i in range(900, 920)])
+    build("flux_reason", source, tmp_path / "out")
+    assert [row["key"] for row in rows_of(tmp_path / "out")] == [f"fluxdb_{i:07d}" for i in [*range(900, 920), *range(60)]]
+
+
+def test_links_are_followed(tmp_path, sets):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/data").symlink_to(sets / "in/flux_generated/data")
+    assert build("flux_generated", tmp_path / "in", tmp_path / "out")["rows"] == 60
+
+
 def test_images_that_an_earlier_file_has_are_dropped_and_the_first_stays(tmp_path):
     again = {i: {"image": jpeg(i - 21)} for i in range(22, 31)} | {40: {"image": jpeg(0)}, 41: {"image": jpeg(41)}, 42: {"image": jpeg(41)}}
     manifest = build("flux_reason", make_set(tmp_path / "in", "flux_reason", replaced=again), tmp_path / "out", "--workers=2")
@@ -268,11 +290,26 @@ def test_a_chunks_latents_are_those_of_its_captions(embedded, networks):
     assert (batch["txt"] - txt).abs().max() < 0.1 and (batch["txt"][~mask] == 0).all()
 
 
-def test_two_processes_share_the_work_and_write_the_bytes_of_one(sets, networks, embedded, tmp_path):
+def test_five_processes_share_the_work_and_write_the_bytes_of_one(sets, networks, embedded, tmp_path):
     build("flux_generated", sets / "in/flux_generated", tmp_path / "out")
     flags = ["embed", "--data=out", f"--encoder={networks / 't5gemma'}"]
-    both = start(tmp_path, "data_prep.py", *flags, ranks=2)
-    assert both.wait().status == 0
+    slow = tmp_path / "slow.py"  # a shard takes long to write, so that the others come upon its lock
+    slow.write_text(f"""
+import os, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+import data_prep
+honest = data_prep.save_file
+def save_file(tensors, file):
+    honest(tensors, file)
+    open("saved", "a").write(file.name.split(".")[1] + "\\n")
+    time.sleep(0.5)
+data_prep.save_file = save_file
+time.sleep(0.1 * int(os.environ["RANK"]))
+data_prep.run_main(data_prep.main, every_rank=True)
+""")
+    all_five = start(tmp_path, slow, *flags, ranks=5)
+    assert all_five.wait().status == 0
+    assert sorted((tmp_path / "saved").read_text().split()) == ["data-00000", "data-00001", "data-00002", "prompts"]
     one, two = (read_manifest(folder)["text"]["text-t5gemma"] for folder in (embedded / "flux_generated", tmp_path / "out"))
     assert one == two
     assert files_of(tmp_path / "out/text-t5gemma") == files_of(embedded / "flux_generated/text-t5gemma")
@@ -471,18 +508,23 @@ def test_more_than_one_percent_of_a_file_unusable_is_an_error(tmp_path, bad, all
     assert build("flux_generated", source, tmp_path / "other", "--max_unusable=0.02")["dropped"] == {"unreadable": 2}
 
 
-@pytest.mark.parametrize("damage", ["cut in half", "empty", "no parquet", "without a column"])
+@pytest.mark.parametrize("damage", ["cut in half", "empty", "no parquet", "without a column", "lists", "bare images"])
 def test_a_damaged_parquet_file_is_named(tmp_path, damage):
     source = make_set(tmp_path / "in", "midjourney")
     file = source / "train_001.parquet"
     whole = file.read_bytes()
     if damage == "without a column":
         pq.write_table(pq.read_table(file).drop_columns(["gemini"]), file)
+    elif damage in ("lists", "bare images"):
+        table, name = pq.read_table(file), {"lists": "gemini", "bare images": "image"}[damage]
+        column = pa.array([["a"]] * 20) if damage == "lists" else pa.array([b"x"] * 20)
+        pq.write_table(table.set_column(table.schema.get_field_index(name), name, column), file)
     else:
         file.write_bytes({"cut in half": whole[: len(whole) // 2], "empty": b"", "no parquet": b"<html>" * 100}[damage])
     result = run(tmp_path, "data_prep.py", "build", "--source=midjourney", "--input=in", "--out=out", "--size=32")
     assert "train_001.parquet" in result.error()
-    assert "has no column gemini" in result.error() if damage == "without a column" else "download it again" in result.error()
+    words = {"without a column": "has no column gemini", "lists": "column gemini holds list", "bare images": "column image holds binary"}
+    assert words.get(damage, "download it again") in result.error()
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
     file.write_bytes(whole)
     assert run(tmp_path, "data_prep.py", "build", "--source=midjourney", "--input=in", "--out=out", "--size=32").status == 0
@@ -526,6 +568,36 @@ def test_a_shard_changed_after_the_manifest_is_refused(tmp_path, sets, networks)
                 data_prep.main(["check", f"--data={tmp_path / 'out'}"])
         file.write_bytes(whole)
     data_prep.main(["check", f"--data={tmp_path / 'out'}"])
+
+
+def test_a_list_of_shards_that_is_not_the_manifests_is_found_and_not_used(tmp_path, sets):
+    build("midjourney", sets / "in/midjourney", tmp_path / "out")
+    state = json.loads((tmp_path / "out/32/state.json").read_text())
+    state["_data_files"][1] = state["_data_files"][0]
+    (tmp_path / "out/32/state.json").write_text(json.dumps(state))
+    assert list(data_prep.find_problems(tmp_path / "out", read_manifest(tmp_path / "out"))) == [
+        f"{tmp_path / 'out/32'}/state.json: lists other shards than the manifest"]
+    chunks = Chunks(Config(data=str(tmp_path / "out"), text_encoder="builtin", micro_batch=4), Stage(32, 1, 4, False), 0)
+    assert sorted(chunks.sets[0].columns["key"].to_pylist()) == sorted(map(str, range(60)))
+    manifest = read_manifest(tmp_path / "out")
+    del manifest["shards"]["32/data-00001.arrow"]
+    (tmp_path / "out/manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="has 40 rows, its manifest says 60"):
+        Chunks(Config(data=str(tmp_path / "out"), text_encoder="builtin", micro_batch=4), Stage(32, 1, 4, False), 0)
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"[]", b"{", b'{"sizes": 32, "rows": 1, "prompts": [], "dropped": {}, "shards": {}}',
+                                     b'{"sizes": [32], "rows": 1, "prompts": [], "dropped": {}, "shards": {"32/a": {}}}'])
+def test_a_damaged_manifest_is_one_line(tmp_path, content):
+    (tmp_path / "manifest.json").write_bytes(content)
+    with pytest.raises(UserError, match="manifest.json is damaged"):
+        read_manifest(tmp_path)
+
+
+def test_a_set_that_would_never_be_read_is_refused(tmp_path, sets):
+    data = f"{sets}/out/midjourney:1,{sets}/out/flux_reason:100000"
+    with pytest.raises(UserError, match="midjourney has so little weight"):
+        Chunks(Config(data=data, text_encoder="builtin", micro_batch=4), Stage(32, 1, 4, False), 0)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
