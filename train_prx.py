@@ -976,7 +976,7 @@ class Chunks(torch.utils.data.Dataset):
         self.slots_of = given
         if not given.all():
             never = self.sets[int(np.argmin(given))].folder
-            raise UserError(f"--data={cfg.data}: {never} has so little weight that it would never be read: give it more, as in {never}:1")
+            raise UserError(f"--data={cfg.data}: {never} has so little weight that it would never be read: give weights, such as a:1,b:10")
         if len({s.latents.revision for s in self.sets if s.latents}) > 1:
             raise UserError(f"--data={cfg.data}: the sets' text latents are of different revisions of {cfg.text_encoder}: embed them again")
         self.permutations: dict[int, tuple[int, np.ndarray]] = {}  # set -> (epoch, order), the one in use
@@ -1093,8 +1093,8 @@ def build_model(cfg: Config, mesh: DeviceMesh, device: torch.device) -> PRX:
         model = PRX(cfg)
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if cfg.precision == "bf16" else None,
                                   reduce_dtype=torch.float32, cast_forward_inputs=False)  # t stays fp32
-    units = [*model.blocks, *([model.repa_projector] if model.repa_projector is not None else []), model]
-    for unit in units:
+    # REPA's projector goes with the root: torch 2.11 fails in backward on a unit of its own whose forward never ran
+    for unit in [*model.blocks, model]:
         if compiles(cfg, device) and isinstance(unit, Block):
             unit.compile(dynamic=False)  # in place: no `_orig_mod` in any name
         fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
