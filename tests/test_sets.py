@@ -9,6 +9,7 @@ import io
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -737,3 +738,14 @@ def test_a_revision_that_is_not_there_is_one_line(tmp_path, hub):
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert "cannot get lehduong/flux_generated from the hub" in result.stderr.strip().splitlines()[-1]
     assert not (tmp_path / "out").exists()
+
+
+def test_the_fourth_set_of_the_readme_is_built(tmp_path, monkeypatch):
+    entry = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    monkeypatch.setattr(data_prep, "SETS", eval("{" + entry + "}", vars(data_prep)))
+    rows = [{"id": f"r{i}", "image": {"bytes": jpeg(i), "path": None}, "long": "" if i % 2 else f"A long {i}.", "short": f"short {i}"}
+            for i in range(8)]
+    write_parquet(tmp_path / "in/more/train-0.parquet", rows)
+    build("my_set", tmp_path / "in", tmp_path / "out")
+    assert [(row["key"], row["caption"], row["source"]) for row in rows_of(tmp_path / "out")] == [
+        (f"r{i}", f"short {i}" if i % 2 else f"A long {i}.", "my_set") for i in range(8)]
