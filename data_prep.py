@@ -51,7 +51,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import AutoConfig
 
-from shards import UserError, folder_revision, is_held_out, read_manifest, text_folder
+from shards import UserError, file_sha256, folder_revision, is_held_out, read_manifest, text_folder
 from train_prx import Config, Parser, T5GemmaText, load_pretrained, run_main
 
 
@@ -606,11 +606,6 @@ def write_json(path: Path, value: dict) -> None:
     aside = path.with_name(f".{path.name}")
     aside.write_text(json.dumps(value, indent=2) + "\n")
     os.rename(aside, path)
-
-
-def file_sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sha256_of(text: str) -> str:

@@ -70,8 +70,16 @@ def check_files(folder: Path, shards: dict[str, dict], remedy: str) -> None:
         if not file.exists():
             raise UserError(f"{file} is missing: {remedy}")
         same = file.stat().st_size == shard["bytes"]
-        if not same or hashed and hashlib.sha256(file.read_bytes()).hexdigest() != shard["sha256"]:
+        if not same or hashed and file_sha256(file) != shard["sha256"]:
             raise UserError(f"{file} has changed since it was made: {remedy} (`python data_prep.py check` lists all that is wrong)")
+
+
+def file_sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with open(file, "rb") as opened:
+        while block := opened.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def text_folder(encoder: str) -> str:
@@ -81,11 +89,8 @@ def text_folder(encoder: str) -> str:
 
 def folder_revision(encoder: Path) -> str:
     """The sha256 of a local encoder's files: what the commit is for one on the hub."""
-    digest = hashlib.sha256()
-    for file in sorted(encoder.glob("*.json")) + sorted(encoder.glob("*.safetensors")):
-        with open(file, "rb") as opened:
-            digest.update(hashlib.file_digest(opened, "sha256").digest())
-    return digest.hexdigest()
+    files = sorted(encoder.glob("*.json")) + sorted(encoder.glob("*.safetensors"))
+    return hashlib.sha256("".join(map(file_sha256, files)).encode()).hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -875,7 +875,8 @@ def load_lpips(cfg: Config, device: torch.device, dtype: torch.dtype) -> Callabl
     import lpips
 
     try:
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings(action="ignore"):  # torchvision's, of old names
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torchvision's, of old names
             torch.manual_seed(tag_seed(cfg.seed, "random", "vgg16"))
             network = lpips.LPIPS(net="vgg", pnet_rand=cfg.frozen == "random", verbose=False)
     except OSError as error:
@@ -1042,7 +1043,8 @@ def load_chunks(chunks: Chunks, order: list[int], device: torch.device) -> Itera
     ring = Ring(chunks, order, chunks.cfg.workers)
     loader = iter(torch.utils.data.DataLoader(
         ring, batch_size=None, sampler=range(len(order)), num_workers=chunks.cfg.workers, worker_init_fn=leave_group,
-        prefetch_factor=ring.AHEAD if chunks.cfg.workers else None))
+        prefetch_factor=ring.AHEAD if chunks.cfg.workers else None,
+        multiprocessing_context="fork" if chunks.cfg.workers else None))  # the slots are shared by inheritance
     if not cuda:
         yield from (ring.view(k, raw) for k, raw in enumerate(loader))
         return
