@@ -267,6 +267,8 @@ def decode_rgb(data: bytes, size: int, min_scale: float) -> Image.Image:
             image = Image.open(io.BytesIO(data))
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise Drop("too large") from None
+    except MemoryError:  # the machine's fault, not the file's
+        raise
     except Exception:  # Pillow's readers raise almost anything on damaged files
         raise Drop("unreadable") from None
     if min(image.size) < min_scale * size:
@@ -283,7 +285,9 @@ def decode_rgb(data: bytes, size: int, min_scale: float) -> Image.Image:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
-    except Exception:
+    except MemoryError:
+        raise
+    except Exception:  # as above
         raise Drop("unreadable") from None
 
 
@@ -545,7 +549,8 @@ def write_dataset(out: Path, parts: Callable[[Callable], Iterator[Part]], make: 
     """
     out, folder = Path(out), Path(f"{out}.partial")
     if set(",:") & set(str(out)):
-        raise UserError(f"--out={out}: the flag --data of train_prx.py separates folders and weights by ',' and ':', so no name may have them")
+        raise UserError(f"--out={out}: the flag --data of train_prx.py separates folders and weights by ',' and ':', so no name "
+                        "may have them")
     settings = json.loads(json.dumps(settings))  # as they are read back
     with locked(Path(f"{out}.lock"), out):
         if out.exists():
@@ -553,7 +558,8 @@ def write_dataset(out: Path, parts: Callable[[Callable], Iterator[Part]], make: 
         begun, manifest = folder / "settings.json", folder / "manifest.json"
         stored = next((json.loads(file.read_text()) for file in (manifest, begun) if file.exists()), settings)
         if {name: stored.get(name) for name in settings} != settings:
-            raise UserError(f"{folder} was begun with other settings, which are in its settings.json: repeat those to continue, or delete it")
+            raise UserError(f"{folder} was begun with other settings, which are in its settings.json: repeat those to continue, "
+                            "or delete it")
         (folder / "parts").mkdir(parents=True, exist_ok=True)
         write_json(begun, settings)
         if not manifest.exists():
@@ -562,7 +568,7 @@ def write_dataset(out: Path, parts: Callable[[Callable], Iterator[Part]], make: 
                 if not counts["rows"]:
                     shutil.rmtree(folder / "parts")
                     raise UserError(f"no image of {settings['source']} is left; dropped: {describe(counts['dropped'])}")
-            except Exception:
+            except Exception:  # raised again: only what nobody could continue is removed
                 if not any(folder.glob("parts/[0-9]*")):
                     shutil.rmtree(folder)  # nothing to continue
                 raise

@@ -226,6 +226,18 @@ def test_short_captions_are_the_column_or_the_first_sentence(tmp_path):
     assert rows[0]["caption"] == "A cat vs. a dog. It is night! Nobody is there."
 
 
+def test_a_lack_of_memory_is_not_counted_as_a_bad_image(monkeypatch):
+    def no_room(*arguments, **options):
+        raise MemoryError
+
+    monkeypatch.setattr(ImageOps, "exif_transpose", no_room)
+    with pytest.raises(MemoryError):
+        data_prep.decode_rgb(encoded(picture(0), "JPEG"), 32, 0.5)
+    monkeypatch.setattr(Image, "open", no_room)
+    with pytest.raises(MemoryError):
+        data_prep.decode_rgb(b"", 32, 0.5)
+
+
 def test_odd_names_and_captions_are_kept_readable(tmp_path):
     folder = tmp_path / "pictures"
     folder.mkdir()
