@@ -4,11 +4,16 @@
     Slot, Ring                          memory that chunks of rows are read into
 """
 import contextlib
+import ctypes
 import functools
 import hashlib
 import json
 import math
 import mmap
+import os
+import signal
+import sys
+import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -276,3 +281,22 @@ class Ring(torch.utils.data.Dataset):
 
     def _tensors(self) -> list[Tensor]:
         return [x for slot in self.slots for x in (slot.images, slot.latents) if x is not None]
+
+
+def become_reader(worker: int) -> None:
+    """Make a process that reads chunks live exactly as long as the one that trains.
+
+    Clusters send signals to every process, and the readers of a rank that is told to save and stop are still needed.
+    """
+    os.setpgid(0, 0)  # Ctrl-C is for the process group
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: a reader that outlives a killed rank keeps its locks
+    polite = {signal.SIGTERM, signal.SIGUSR1}
+    signal.pthread_sigmask(signal.SIG_BLOCK, polite)
+
+    def obey_the_trainer() -> None:
+        while signal.sigwaitinfo(polite).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    threading.Thread(target=obey_the_trainer, daemon=True).start()

@@ -35,7 +35,6 @@ import contextlib
 import dataclasses
 import datetime
 import difflib
-import fcntl
 import functools
 import gc
 import hashlib
@@ -56,22 +55,25 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+import ranks
 from muon import Muon, local
-from shards import DamagedImage, Ring, RowSet, Slot, UserError
+from run_folder import Log, RunFolder, load_checkpoint, named_tensors
+from shards import DamagedImage, Ring, RowSet, Slot, UserError, become_reader
 
-SOURCES = {name: Path(__file__).with_name(name).read_text() for name in ("train_prx.py", "muon.py", "shards.py")}  # before any edit
+SOURCES = {name: Path(__file__).with_name(name).read_text() for name in
+           ("train_prx.py", "muon.py", "run_folder.py", "ranks.py", "shards.py")}  # before any edit
 SOURCE_HASH = hashlib.sha256("".join(SOURCES.values()).encode()).hexdigest()
 
 T_MIN = 0.05  # smallest t in a division: velocity's error would otherwise grow without bound near t = 0 (code)
@@ -160,7 +162,8 @@ class Config:
     eval_every: int = 1_000  # steps between held-out losses; 0: only at the end
     sample_every: int = 1_000  # steps between sample grids; 0: only at the end
     save_every: int = 1_000  # steps between checkpoints; 0: only at the end
-    keep: int = 3  # checkpoints kept
+    keep: int = 3  # checkpoints kept, the last ones
+    keep_every: int = 20_000  # and every checkpoint at a multiple of so many steps; 0: none
     price: float = 2.0  # dollars a GPU-hour, for the running cost in the log
 
     @property
@@ -197,7 +200,7 @@ CHOICES = {
     "frozen": ("pretrained", "scene", "random", "none"), "device": ("auto", "cpu", "cuda"), "precision": ("bf16", "fp32"),
     "guidance": ("self", "cfg", "none"), "lr_decay": ("none", "linear"),
 }
-NOT_IDENTITY = {"max_steps", "device", "workers", "log_every", "eval_every", "sample_every", "save_every", "keep", "price"}
+NOT_IDENTITY = {"max_steps", "device", "workers", "log_every", "eval_every", "sample_every", "save_every", "keep", "keep_every", "price"}
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -299,7 +302,7 @@ def check_config(cfg: Config) -> None:
     for name in ("grad_clip", "mlp_ratio", "rope_theta", "shift", "noise_scale", "adam_eps"):
         need(0 < getattr(cfg, name) < math.inf, f"--{name}={getattr(cfg, name)} must be a number above 0")
     for name in ("lr", "adam_lr", "max_steps", "warmup", "workers", "t_power", "repa_weight", "lpips_weight", "pdino_weight",
-                 "price", "eval_every", "sample_every", "save_every", "scale"):
+                 "price", "eval_every", "sample_every", "save_every", "keep_every", "scale"):
         need(0 <= getattr(cfg, name) < math.inf, f"--{name}={getattr(cfg, name)} must be a number of at least 0")
     for name in ("drop", "ema", "momentum"):
         need(0 <= getattr(cfg, name) < 1, f"--{name}={getattr(cfg, name)} must be in [0, 1)")
@@ -1029,11 +1032,6 @@ class Chunks(torch.utils.data.Dataset):
         return slot.view(slot.fill(rows))
 
 
-def leave_group(worker: int) -> None:
-    """Readers leave the process group, so that a signal to all of it stops training politely, not its supply of rows."""
-    os.setpgid(0, 0)
-
-
 def load_chunks(chunks: Chunks, order: list[int], device: torch.device) -> Iterator[dict]:
     """Chunks in the given order, read ahead by worker processes; on a GPU their tensors are there when they are asked for.
 
@@ -1042,7 +1040,7 @@ def load_chunks(chunks: Chunks, order: list[int], device: torch.device) -> Itera
     cuda = device.type == "cuda"
     ring = Ring(chunks, order, chunks.cfg.workers)
     loader = iter(torch.utils.data.DataLoader(
-        ring, batch_size=None, sampler=range(len(order)), num_workers=chunks.cfg.workers, worker_init_fn=leave_group,
+        ring, batch_size=None, sampler=range(len(order)), num_workers=chunks.cfg.workers, worker_init_fn=become_reader,
         prefetch_factor=ring.AHEAD if chunks.cfg.workers else None,
         multiprocessing_context="fork" if chunks.cfg.workers else None))  # the slots are shared by inheritance
     if not cuda:
@@ -1146,102 +1144,6 @@ def checkpoint_state(model: nn.Module, ema: EMA, optimizer: Muon, progress: dict
             "optimizer": {name: optimizer.state[p] for name, p in parameters.items()}, "progress": progress}
 
 
-def save_checkpoint(folder: Path, state: dict, cfg: Config, step: int, data: dict) -> None:
-    """Write `folder`/step_XXXXXX beside its place and rename it, so that only complete checkpoints have the name."""
-    final, aside = folder / f"step_{step:06d}", folder / f".step_{step:06d}.partial"
-    if dist.get_rank() == 0:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        identity = {"config": config_to_json(cfg), "source": SOURCE_HASH, "data": data, "step": step}
-        (aside / "run.json").write_text(json.dumps(identity))
-    dist.barrier()
-    dcp.save(state, checkpoint_id=aside)
-    dist.barrier()
-    if dist.get_rank() == 0:
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(aside, final)
-        for old in sorted(folder.glob("step_*"))[: -cfg.keep]:
-            shutil.rmtree(old)
-    dist.barrier()
-
-
-def load_checkpoint_state(path: Path, state: dict) -> None:
-    """Fill `state` from a checkpoint folder, whatever the number of ranks that wrote it; raises UserError on other shapes."""
-    damaged = f"checkpoint {path} is damaged: delete it, and the same command continues from the one before"
-    try:
-        found = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-    except Exception:  # its metadata are pickled, and a damaged pickle raises almost anything
-        raise UserError(damaged) from None
-    for group in ("model", "ema", "optimizer"):
-        for name, value in state[group].items():
-            for key, tensor in value.items() if isinstance(value, dict) else [("", value)]:
-                full_name = ".".join(filter(None, (group, name, key)))
-                if full_name not in found:
-                    raise UserError(f"checkpoint {path} has no {full_name}: it is of another model")
-                if tuple(found[full_name].size) != tuple(tensor.shape):
-                    raise UserError(f"checkpoint {path}: {full_name} has shape {tuple(found[full_name].size)}, "
-                                    f"but this model's is {tuple(tensor.shape)}")
-    try:
-        dcp.load(state, checkpoint_id=path)
-    except dcp.api.CheckpointException:
-        raise UserError(damaged) from None
-
-
-def write_ema(path: Path, ema: EMA, cfg: Config, step: int, data: dict) -> None:
-    """The averaged weights as one safetensors file with config, step and source hash; the projector stays behind."""
-    from safetensors.torch import save_file
-
-    tensors = {}
-    for name, average in ema.weights.items():
-        if not name.startswith("repa_projector."):
-            whole = average.full_tensor()  # every rank takes part
-            if dist.get_rank() == 0:
-                tensors[name] = whole.cpu()
-    if dist.get_rank() == 0:
-        metadata = {"format": "nanoprx", "config": json.dumps(config_to_json(cfg)), "step": str(step),
-                    "source": SOURCE_HASH, "data": json.dumps(data)}
-        save_file(tensors, path.with_suffix(".partial"), metadata=metadata)
-        shutil.copymode(path.with_name("log.txt"), path.with_suffix(".partial"))  # safetensors leaves it to its owner alone
-        os.replace(path.with_suffix(".partial"), path)
-    dist.barrier()
-
-
-def find_resume(cfg: Config, resume: str, run: Path, data: dict) -> Path | None:
-    """The checkpoint folder to continue from, or None to start; raises UserError where either would lose something."""
-    def checkpoints(folder: Path) -> list[Path]:
-        return sorted(folder.glob("checkpoints/step_*"))
-
-    if resume not in ("auto", "never"):
-        path = Path(resume)
-        if not (path / "run.json").exists():
-            if not checkpoints(path):
-                raise UserError(f"--resume={resume}: neither a checkpoint nor a run with one")
-            path = checkpoints(path)[-1]
-        if not checkpoints(run) or path.resolve() == checkpoints(run)[-1].resolve():
-            return path
-        if path.resolve().is_relative_to(run.resolve()):
-            raise UserError(f"--resume={resume}: {run} has later checkpoints, which this would lose; choose another --name")
-    if resume == "never" or not checkpoints(run):
-        return None
-    last = checkpoints(run)[-1]
-    try:
-        saved = json.loads((last / "run.json").read_text())
-    except (OSError, json.JSONDecodeError):
-        raise UserError(f"checkpoint {last} is damaged: delete it, and the same command continues from the one before") from None
-    options = "choose another --name, start over with --resume=never, or continue on purpose with --resume=PATH"
-    if saved["source"] != SOURCE_HASH:
-        raise UserError(f"{run} was trained by another version of the source: {options}")
-    now = config_to_json(cfg)
-    changed = [k for k in now if k not in NOT_IDENTITY and saved["config"].get(k) != now[k]]
-    if changed:
-        raise UserError(f"{run} has another {', '.join(changed)}: {options}")
-    if saved["data"] != data:
-        raise UserError(f"{run} was trained on other data: the manifest of {cfg.data} has changed; {options}")
-    if saved["step"] >= last_step(cfg):
-        raise UserError(f"{run} is finished at step {saved['step']}: {options}")
-    return last
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Optimisation
 
@@ -1268,20 +1170,61 @@ def lr_factor(cfg: Config, step: int) -> float:
 
 
 @torch.no_grad()
-def clip_gradients(model: nn.Module, max_norm: float) -> tuple[Tensor, Tensor]:
+def clip_gradients(model: nn.Module, max_norm: float, loss: Tensor) -> tuple[Tensor, Tensor]:
     """Scale the gradients to a global norm of at most `max_norm`.
 
-    Returns the norm before clipping and ok, both 0-dim on the device; where the norm is not finite, on any rank, ok is 0
-    and all gradients are 0, so that `Muon.step(ok)` leaves everything as it was.
+    Returns the norm before clipping and ok, both 0-dim on the device; where the norm or a rank's `loss` is not finite, ok
+    is 0 on all ranks and all gradients are 0, so that `Muon.step(ok)` leaves everything as it was. Collective.
     """
     grads = [p.grad for p in model.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(grads)
-    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-    ok = norm.isfinite()
+    replicas = grads[0].device_mesh.mesh[..., 0].numel() if isinstance(grads[0], DTensor) else 1  # each holds all shards
+    squared = squared_norm(grads) / replicas + 0 * loss  # 0 times a loss that is not finite is not finite either
+    dist.all_reduce(squared)
+    norm, ok = squared.sqrt(), squared.isfinite()
     torch._foreach_mul_(local(grads), (max_norm / (norm + 1e-6)).clamp(max=1.0))
     for grad in local(grads):
         grad.masked_fill_(~ok, 0.0)
     return norm, ok.float()
+
+
+def squared_norm(tensors: list[Tensor]) -> Tensor:
+    """The sum of squares over this rank's part of the tensors, 0-dim."""
+    return torch.stack(torch._foreach_norm(local(tensors))).square().sum()
+
+
+def train_step(model: PRX, optimizer: Muon, ema: EMA, frozen: Frozen, batches: Iterator[dict[str, Tensor]], cfg: Config,
+               stage: Stage, step: int, watched: dict[str, list[Tensor]]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Step `step` (0-based) of the run on this rank's chunks, which are the next of `batches`.
+
+    Returns, all on the device and averaged over nothing but the chunks: loss, `term_names` and the gradient norm [K]; ok, 0
+    where the step was skipped; squared norms of the `watched` parameters' local gradients, weights and updates, by name.
+    """
+    mine = stage.global_batch // cfg.micro_batch // dist.get_world_size()  # chunks of a step that this rank runs
+    values = 0.0
+    for k in range(mine):
+        batch = next(batches)
+        model.set_requires_gradient_sync(k == mine - 1)
+        model.set_reshard_after_backward(k == mine - 1)
+        generator = tag_generator(batch["x0"].device, cfg.seed, step, dist.get_rank() * mine + k)
+        loss, terms = training_loss(model, frozen, batch, cfg, stage, generator)
+        (loss / mine).backward()
+        values = values + torch.stack([loss.detach(), *terms.values()]) / mine
+    norms = {f"grad_norm/{name}": squared_norm([p.grad for p in params]) for name, params in watched.items()}
+    before = {name: [w.clone() for w in local(params)] for name, params in watched.items()}
+
+    norm, ok = clip_gradients(model, cfg.grad_clip, values[0])
+    for group in optimizer.param_groups:
+        group["lr"] = lr_factor(cfg, step) * (cfg.lr if group["use_muon"] else cfg.adam_lr)
+    optimizer.step(ok)
+    optimizer.zero_grad()
+    if step % cfg.ema_every == 0:
+        ema.update(cfg.ema)
+
+    for name, params in watched.items():
+        weights = [p.detach() for p in local(params)]
+        norms[f"weight_norm/{name}"] = squared_norm(weights)
+        norms[f"update_norm/{name}"] = squared_norm(torch._foreach_sub(weights, before[name]))
+    return torch.cat([values, norm[None]]), ok, norms
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1337,35 +1280,22 @@ def sample_grid(model: PRX, prompts: list[str], encode_text: TextEncoder, cfg: C
     return draw_grid(to_uint8(x0), prompts)
 
 
-class Log:
-    """log.txt and metrics.jsonl of a run, written by rank 0 only."""
+class Window(NamedTuple):
+    """A log window, once its numbers have arrived on the host."""
 
-    def __init__(self, run: Path, first_step: int):
-        self.is_main = dist.get_rank() == 0
-        self.text, self.json = run / "log.txt", run / "metrics.jsonl"
-        if self.is_main and self.json.exists():  # what an interrupted run logged past its checkpoint happens again
-            lines = [line for line in self.json.read_text().splitlines() if line.endswith("}")]  # the last may be cut
-            kept = [line for line in lines if json.loads(line)["step"] <= first_step]
-            self.json.write_text("".join(line + "\n" for line in kept))
-
-    def write(self, text: str, console: bool = True) -> None:
-        if self.is_main:
-            with self.text.open("a") as file:
-                file.write(text + "\n")
-            if console:
-                print(text, flush=True)
-
-    def metrics(self, step: int, **values) -> None:
-        if self.is_main:
-            with self.json.open("a") as file:
-                file.write(json.dumps({"step": step, **values}) + "\n")
+    means: dict[str, float]  # by name, of the steps that were not skipped
+    norms: dict[str, float]  # of the last step, by name
+    skipped: int  # steps
+    in_a_row: int  # most skipped steps in a row, counted from before the window
+    stop: bool  # whether any rank was asked to stop
+    rate: float  # steps a second
 
 
 class Meter:
     """Means of a log window, summed on the device; skipped steps are counted and left out of them."""
 
-    def __init__(self, names: list[str], device: torch.device):
-        self.names, self.device = names, device
+    def __init__(self, names: list[str], mesh: DeviceMesh, device: torch.device):
+        self.names, self.shards, self.device = names, mesh.shape[-1], device
         self.skips_in_a_row = torch.zeros((), device=device)
         self.reset()
 
@@ -1381,22 +1311,26 @@ class Meter:
         self.sums[-2] = torch.maximum(self.sums[-2], self.skips_in_a_row)
         self.steps += 1
 
-    def close(self, stop: bool) -> Callable[[], tuple[dict[str, float], int, int, bool, float]]:
-        """Average over ranks and start anew. Returns a function that waits for the numbers if they have not arrived yet:
-        means by name, steps skipped, most skips in a row, whether any rank wants to stop, steps a second."""
+    def close(self, stop: bool, norms: dict[str, Tensor]) -> Callable[[], Window]:
+        """Average over ranks and start anew; `norms` are squares of this rank's parts.
+
+        Returns a function that waits for the numbers if they have not arrived yet.
+        """
         self.sums[-1] = float(stop)
-        dist.all_reduce(self.sums)
-        host = torch.empty(self.sums.shape, pin_memory=self.device.type == "cuda").copy_(self.sums, non_blocking=True)
+        sent = torch.cat([self.sums, torch.stack([*norms.values()])]) / dist.get_world_size()
+        dist.all_reduce(sent)
+        host = torch.empty(sent.shape, pin_memory=self.device.type == "cuda").copy_(sent, non_blocking=True)
         arrived = torch.cuda.current_stream().record_event() if self.device.type == "cuda" else None
         names, steps, rate = self.names, self.steps, self.steps / (time.perf_counter() - self.start)
         self.reset()
 
-        def read() -> tuple[dict[str, float], int, int, bool, float]:
+        def read() -> Window:
             if arrived is not None:
                 arrived.synchronize()
-            *sums, skipped, in_a_row, stops = (host / dist.get_world_size()).tolist()
+            *sums, skipped, in_a_row, stops = host[: -len(norms)].tolist()
             means = {name: total / max(1, steps - round(skipped)) for name, total in zip(names, sums)}
-            return means, round(skipped), round(in_a_row), stops > 0, rate
+            roots = (host[-len(norms) :] * self.shards).sqrt().tolist()  # a mean over ranks; each replica holds every shard
+            return Window(means, dict(zip(norms, roots)), round(skipped), round(in_a_row), stops > 0, rate)
 
         return read
 
@@ -1452,8 +1386,8 @@ def last_step(cfg: Config) -> int:
     return min(cfg.total_steps, cfg.max_steps or cfg.total_steps)
 
 
-def set_up_ranks(cfg: Config) -> tuple[torch.device, DeviceMesh]:
-    """Join the other ranks (torchrun's environment, or alone) and check that the chunks divide among them."""
+def check_ranks(cfg: Config) -> None:
+    """Raise UserError where the chunks of a step do not divide among the ranks."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     for stage in cfg.stages:
         chunks = stage.global_batch // cfg.micro_batch
@@ -1461,52 +1395,11 @@ def set_up_ranks(cfg: Config) -> tuple[torch.device, DeviceMesh]:
             fits = [n for n in range(1, chunks + 1) if all(s.global_batch // cfg.micro_batch % n == 0 for s in cfg.stages)]
             raise UserError(f"{world} ranks cannot share {chunks} chunks of {cfg.micro_batch} rows evenly; "
                             f"these numbers can: {', '.join(map(str, fits))}")
-    use_cuda = torch.cuda.is_available() if cfg.device == "auto" else cfg.device == "cuda"
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if use_cuda else torch.device("cpu")
-    backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
-    if use_cuda:
-        torch.cuda.set_device(device)
-    if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=datetime.timedelta(minutes=30))
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    gpus_a_node = int(os.environ.get("LOCAL_WORLD_SIZE", world))
-    if world > gpus_a_node:
-        mesh = init_device_mesh(device.type, (world // gpus_a_node, gpus_a_node), mesh_dim_names=("replicate", "shard"))
-    else:
-        mesh = init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
-    return device, mesh
 
 
-def open_run(cfg: Config, resume: str, data: dict) -> tuple[Path, Path | None, object]:
-    """The run's folder, the checkpoint to continue from, and the lock that keeps a second process out."""
-    run = Path("runs") / cfg.name
-    checkpoint = find_resume(cfg, resume, run, data)
-    lock = None
-    if dist.get_rank() == 0:
-        try:
-            run.parent.mkdir(exist_ok=True)
-        except FileExistsError:
-            raise UserError(f"{run.parent} is a file, and runs need a folder of that name") from None
-        lock = run.with_name(f".{cfg.name}.lock").open("w")  # beside the folder, which --resume=never renames
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"another process is training {run}; choose another --name") from None
-        if resume == "never" and run.exists():
-            n = 1
-            while run.with_name(f"{cfg.name}.old-{n}").exists():
-                n += 1
-            run.rename(run.with_name(f"{cfg.name}.old-{n}"))
-        (run / "samples").mkdir(parents=True, exist_ok=True)
-        (run / "checkpoints").mkdir(exist_ok=True)
-    dist.barrier()
-    return run, checkpoint, lock
-
-
-def train(cfg: Config, resume: str, device: torch.device, mesh: DeviceMesh) -> None:
-    """Run the stages of `cfg` from where the run stands to its last step."""
-    rank, world = dist.get_rank(), dist.get_world_size()
+def train(cfg: Config, resume: str, device: torch.device, mesh: DeviceMesh, watch: ranks.Watch | None) -> bool:
+    """Run the stages of `cfg` from where the run stands to its last step; False where a signal stopped it before."""
+    rank, world, end = dist.get_rank(), dist.get_world_size(), last_step(cfg)
     torch.set_float32_matmul_precision("high")
     torch._dynamo.config.recompile_limit = 64  # a block compiles once for each (stage, routed or not)
     for chatty in ("torch.distributed.checkpoint", "torch.utils.cpp_extension"):  # of single ranks, of absent CUDA
@@ -1517,7 +1410,9 @@ def train(cfg: Config, resume: str, device: torch.device, mesh: DeviceMesh) -> N
     sets = stages[0][2].sets
     folders = [s.folder for s in sets]
     data = {folder: hashlib.sha256((Path(folder) / "manifest.json").read_bytes()).hexdigest() for folder in folders}
-    run, checkpoint, lock = open_run(cfg, resume, data)
+    identity = {"config": config_to_json(cfg), "source": SOURCE_HASH, "data": data}
+    run = RunFolder(cfg.name, resume, identity, NOT_IDENTITY, end, cfg.keep, cfg.keep_every)
+    log = run.log
     for turn in (0, 1):  # rank 0 first: what is downloaded is downloaded once
         if (rank == 0) == (turn == 0):
             if all(s.latents for s in sets):
@@ -1533,36 +1428,39 @@ def train(cfg: Config, resume: str, device: torch.device, mesh: DeviceMesh) -> N
     ema = EMA(model)
     progress = {"step": torch.zeros((), dtype=torch.int64), "seconds": torch.zeros((), dtype=torch.float64),
                 "skipped": torch.zeros((), dtype=torch.int64)}
+    state = checkpoint_state(model, ema, optimizer, progress)
+    watched = {f"blocks.{i}": list(model.blocks[i].parameters()) for i in sorted({0, cfg.depth // 2, cfg.depth - 1})}
 
     # Resume
-    if checkpoint is not None:
-        load_checkpoint_state(checkpoint, checkpoint_state(model, ema, optimizer, progress))
-    step, end = int(progress["step"]), last_step(cfg)
+    if run.checkpoint is not None:
+        load_checkpoint(run.checkpoint, state)
+    step = int(progress["step"])
+    log.forget_after(step)
     if step >= end:
-        raise UserError(f"checkpoint {checkpoint} is at step {step}, and the run ends at {end}: raise --max_steps or --stages")
-    log = Log(run, step)
+        raise UserError(f"checkpoint {run.checkpoint} is at step {step}, and the run ends at {end}: raise --max_steps or --stages")
     write_header(log, cfg, frozen, model, data, device, step)
-    signals = []  # SIGTERM and SIGUSR1, which clusters send before they take a machine away: save, then stop
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    signals = []  # those that asked to stop
+    for number in ranks.SIGNALS:
         signal.signal(number, lambda number, frame: signals.append(number))
     started = time.perf_counter() - float(progress["seconds"])  # moved on by evaluation, samples and checkpoints
     stop = False
 
-    def report(step: int, stage: Stage, seconds: float, read: Callable) -> bool:
-        """Log a window; returns whether the run should stop, the same on every rank."""
-        means, skipped, in_a_row, stop, rate = read()
-        progress["skipped"] += skipped
-        terms = "  ".join(f"{name} {mean:.4f}" for name, mean in means.items())
-        left = datetime.timedelta(seconds=round((end - step) / rate))
+    def report(step: int, stage: Stage, seconds: float, window: Window) -> None:
+        """Log a window; raises UserError where too many steps in a row were skipped."""
+        progress["skipped"] += window.skipped
+        terms = "  ".join(f"{name} {mean:.4f}" for name, mean in window.means.items())
+        left = datetime.timedelta(seconds=round((end - step) / window.rate))
         cost = f"  {seconds / 3600:.2f} h ${seconds / 3600 * world * cfg.price:,.2f}" if device.type == "cuda" else ""
         skips = f"  skipped {int(progress['skipped'])}" if progress["skipped"] else ""
-        log.write(f"step {step}/{end}  {terms}  {rate * stage.global_batch:.0f} images/s  {left} left{cost}{skips}")
-        log.metrics(step, **means, lr=cfg.lr * lr_factor(cfg, step - 1), images_per_second=rate * stage.global_batch,
+        speed = window.rate * stage.global_batch
+        log.write(f"step {step}/{end}  {terms}  {speed:.0f} images/s  {left} left{cost}{skips}")
+        norms = {name: norm for name, norm in window.norms.items() if math.isfinite(norm)}  # JSON has no NaN
+        log.metrics(step, **window.means, **norms, lr=cfg.lr * lr_factor(cfg, step - 1), images_per_second=speed,
                     seconds=seconds, skipped=int(progress["skipped"]))
-        if in_a_row >= SKIPS_IN_A_ROW:
-            last = max(run.glob("checkpoints/step_*"), default="none")
-            raise UserError(f"{in_a_row} steps in a row had non-finite gradients, at step {step}; last good checkpoint: {last}")
-        return stop
+        if window.in_a_row >= SKIPS_IN_A_ROW:
+            run.wait()
+            raise UserError(f"{window.in_a_row} steps in a row had a loss or gradient that is not finite, at step {step}; "
+                            f"last good checkpoint: {run.last()}")
 
     # Train
     for stage, first_step, chunks in stages:
@@ -1575,40 +1473,35 @@ def train(cfg: Config, resume: str, device: torch.device, mesh: DeviceMesh) -> N
             if len(s.held_out) == 0:
                 log.write(f"{s.folder} is too small to have held-out rows: it has no part in the held-out loss")
         per_step = stage.global_batch // cfg.micro_batch
-        mine = per_step // world  # chunks of a step that this rank runs
-        raw_chunks = load_chunks(chunks, [s * per_step + rank * mine + k
-                                          for s in range(step - first_step, stage_end - first_step) for k in range(mine)], device)
-        meter = Meter(["loss", *term_names(cfg, frozen, stage), "grad_norm"], device)
+        mine = per_step // world
+        order = [s * per_step + rank * mine + k for s in range(step - first_step, stage_end - first_step) for k in range(mine)]
+        batches = (make_batch(raw, encode_text, device) for raw in load_chunks(chunks, order, device))
+        meter = Meter(["loss", *term_names(cfg, frozen, stage), "grad_norm"], mesh, device)
         windows = []  # closed, not yet reported
+        first = True  # the stage's first step compiles
 
         while step < stage_end and not stop:
-            sums = torch.zeros(len(meter.names) - 1, device=device)
-            for k in range(mine):
-                batch = make_batch(next(raw_chunks), encode_text, device)
-                model.set_requires_gradient_sync(k == mine - 1)
-                model.set_reshard_after_backward(k == mine - 1)
-                generator = tag_generator(device, cfg.seed, step, rank * mine + k)
-                loss, terms = training_loss(model, frozen, batch, cfg, stage, generator)
-                (loss / mine).backward()
-                sums += torch.stack([loss.detach(), *terms.values()]) / mine
-            norm, ok = clip_gradients(model, cfg.grad_clip)
-            for group in optimizer.param_groups:
-                group["lr"] = lr_factor(cfg, step) * (cfg.lr if group["use_muon"] else cfg.adam_lr)
-            optimizer.step(ok)
-            optimizer.zero_grad()
-            if step % cfg.ema_every == 0:
-                ema.update(cfg.ema)
-            meter.add(torch.cat([sums, norm[None]]), ok)
-            step += 1
-
-            eval_due, sample_due, save_due = (every and step % every == 0 or step == stage_end
+            eval_due, sample_due, save_due = (every and (step + 1) % every == 0 or step + 1 == stage_end
                                               for every in (cfg.eval_every, cfg.sample_every, cfg.save_every))
             pause = eval_due or sample_due or save_due
-            if pause or step % cfg.log_every == 0:
-                windows.append((step, stage, time.perf_counter() - started, meter.close(bool(signals))))
+            closing = pause or (step + 1) % cfg.log_every == 0
+            values, ok, norms = train_step(model, optimizer, ema, frozen, batches, cfg, stage, step, watched if closing else {})
+            meter.add(values, ok)
+            step += 1
+            if first:
+                first = False
+                ranks.set_timeout(ranks.TIMEOUT, mesh)
+                if watch:
+                    watch.stepping.set()
+
+            if closing:
+                windows.append((step, stage, time.perf_counter() - started, meter.close(bool(signals), norms)))
                 # A GPU's window is read at the end of the next, when it has long arrived: the step never waits
                 while len(windows) > (1 if device.type == "cuda" and not pause else 0):
-                    stop = report(*windows.pop(0))
+                    *when, read = windows.pop(0)
+                    window = read()
+                    report(*when, window)
+                    stop = stop or window.stop
             if pause or stop:
                 paused = time.perf_counter()
                 progress["step"].fill_(step)
@@ -1622,34 +1515,51 @@ def train(cfg: Config, resume: str, device: torch.device, mesh: DeviceMesh) -> N
                     if sample_due:
                         prompts = [prompt for s in chunks.sets for prompt in s.manifest["prompts"]][:16]
                         sheet = sample_grid(model, prompts, encode_text, cfg, stage.image_size)
-                        if rank == 0:
-                            sheet.save(run / "samples" / f"step_{step:06d}.png")
+                        run.save_picture(sheet, f"step_{step:06d}.png")
                 if save_due or stop:
-                    write_ema(run / "ema.safetensors", ema, cfg, step, data)  # first: a checkpoint says all is written
-                    save_checkpoint(run / "checkpoints", checkpoint_state(model, ema, optimizer, progress), cfg, step, data)
+                    drifted = ranks.drifted_ranks(dict(named_tensors(state)), mesh)
+                    if drifted:
+                        run.wait()
+                        who = ", ".join(f"{watch.name(rank)} ({tensor})" for rank, tensor in drifted.items())
+                        raise UserError(f"at step {step} the weights of {who} are not those of its replicas: a GPU, its memory or "
+                                        f"a link is broken; without it, the same command continues from {run.last()}")
+                    run.save(state, step)
                 started += time.perf_counter() - paused
                 meter.reset()
+        ranks.set_timeout(ranks.PATIENCE, mesh)
 
     # Finish
-    if stop and step < end:
+    run.wait()
+    if run.trouble:
+        raise UserError(f"the checkpoint of step {step} could not be written: {run.trouble}; make room, and the same command "
+                        f"continues from {run.last()}")
+    finished = step >= end
+    if finished:
+        log.write(f"finished at step {step}: {run.path}/ema.safetensors, samples in {run.path}/samples")
+    else:
         log.write(f"stopped by a signal at step {step} of {end}; the same command continues")
-        raise SystemExit(128 + signal.SIGTERM)
-    log.write(f"finished at step {step}: {run}/ema.safetensors, samples in {run}/samples")
+    return finished
 
 
 def main(argv: list[str]) -> None:
     """The command line's run: set up, train, and take the ranks down in the order that gloo survives."""
     cfg, resume = parse_config(argv)
-    device, mesh = set_up_ranks(cfg)
-    try:
-        train(cfg, resume, device, mesh)
-    except torch.OutOfMemoryError:
-        sizes = ", ".join(f"{stage.image_size}px" for stage in cfg.stages)
-        raise UserError(f"out of GPU memory with chunks of {cfg.micro_batch} images at {sizes}: lower --micro_batch, which "
-                        "keeps the global batch, or the image size in --stages") from None
+    if resume == "never" and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
+        resume = "auto"  # torchrun starts this run again, not another one
+    check_ranks(cfg)
+    use_cuda = torch.cuda.is_available() if cfg.device == "auto" else cfg.device == "cuda"
+    device, mesh = ranks.join(use_cuda)
+    with ranks.together() as watch:
+        try:
+            finished = train(cfg, resume, device, mesh, watch)
+        except torch.OutOfMemoryError:
+            sizes = ", ".join(f"{stage.image_size}px" for stage in cfg.stages)
+            raise UserError(f"out of GPU memory with chunks of {cfg.micro_batch} images at {sizes}: lower --micro_batch, which "
+                            "keeps the global batch, or the image size in --stages") from None
     gc.collect()  # model and gradients first: gloo processes otherwise sometimes abort after success
     dist.barrier()
     dist.destroy_process_group()
+    sys.exit(0 if finished else ranks.STOPPED)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,267 @@
+"""The processes of one run: they join, hear of each other's end within seconds, compare their weights, and stop together.
+
+    python ranks.py --standalone --nproc-per-node=8 train_prx.py --preset=record
+
+is torchrun, with its flags, for ranks that save before they stop. SIGTERM and SIGUSR1 are passed on and waited for, where
+torchrun kills after 30 seconds; `--max-restarts` starts again after a failure, but not after a stop or a user's mistake;
+the exit status is that of the rank that failed first, and its message comes last.
+"""
+import contextlib
+import datetime
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, get_error_handler
+from torch.distributed.tensor import DTensor
+
+from shards import UserError
+
+PATIENCE = datetime.timedelta(minutes=30)  # of a collective while weights are downloaded and blocks compile
+TIMEOUT = datetime.timedelta(seconds=90)  # of a collective once steps are taken
+SILENCE = 60.0  # seconds without a sign of life until a rank counts as lost; less than TIMEOUT, whose messages say less
+PULSE = 0.5  # seconds between signs of life
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # what clusters send before they take a machine away
+STOPPED = 128 + signal.SIGTERM  # exit status of a run that has saved because of one of them
+MISTAKE = 2  # exit status of a UserError
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Joining
+
+
+def join(use_cuda: bool) -> tuple[torch.device, DeviceMesh]:
+    """This rank's device and the mesh of all ranks, (nodes, GPUs a node) or (GPUs,): torchrun's environment, or one rank alone."""
+    world, a_node = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_WORLD_SIZE", 0))
+    a_node = a_node or world
+    if world % a_node:
+        raise UserError(f"{world} ranks in all, but {a_node} on this node: every node must start equally many")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if use_cuda else torch.device("cpu")
+    if use_cuda:
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=PATIENCE)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    if world > a_node:
+        return device, init_device_mesh(device.type, (world // a_node, a_node), mesh_dim_names=("replicate", "shard"))
+    return device, init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
+
+
+def set_timeout(timeout: datetime.timedelta, mesh: DeviceMesh) -> None:
+    """How long a collective may take, from here on, in the mesh's groups and the default one."""
+    set_group_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout  # its name until torch 2.14
+    for group in (None, *mesh.get_all_groups()):
+        set_group_timeout(timeout, group)
+
+
+def from_rank_0(make) -> object:
+    """What `make()` returns on rank 0, on every rank; a UserError that it raises there is raised everywhere."""
+    box = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            box[0] = make()
+        except UserError as error:
+            box[1] = str(error)
+    dist.broadcast_object_list(box)
+    if box[1] is not None:
+        raise UserError(box[1])
+    return box[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Comparing
+
+
+def drifted_ranks(tensors: dict[str, Tensor], mesh: DeviceMesh) -> dict[int, str]:
+    """Ranks whose part of an fp32 tensor has other bits than most of its replicas have -> the first such tensor's name.
+
+    Replicas hold the same bits, since they apply the same reduced gradients; one that does not has a broken GPU or link.
+    Where two disagree and no third is there to tell, both are returned. Collective; {} on a mesh without replicas.
+    """
+    if mesh.ndim == 1:
+        return {}
+    tensors = {name: t for name, t in tensors.items() if t.dtype == torch.float32}
+    parts = [t.to_local() if isinstance(t, DTensor) else t for t in tensors.values()]
+    mine = torch.stack([part.view(torch.int32).sum(dtype=torch.int64) for part in parts])  # [K]
+    of_rank = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(of_rank, mine)
+    sums = torch.stack(of_rank).cpu()[mesh.mesh]  # [replicas, shards, K]
+    alike = (sums[:, None] == sums[None]).sum(dim=1)  # [replicas, shards, K], how many replicas have this one's sum
+    names = list(tensors)
+    return {int(mesh.mesh[r, s]): names[int(k)] for r, s, k in reversed((2 * alike <= len(sums)).nonzero().tolist())}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Failing as one
+
+
+def end(status: int, message: str = "") -> NoReturn:
+    """End this process at once. An orderly exit would wait for collectives that the other ranks never join."""
+    sys.stdout.flush()
+    if message:
+        print(f"error: {message}", file=sys.stderr)
+    sys.stderr.flush()
+    os._exit(status)
+
+
+class Watch:
+    """Ends this process, with the reason, within seconds after another rank has failed, or a minute after it fell silent.
+
+    Collectives cannot: a rank that waits in one hears nothing until it times out, and NCCL then buries the reason. Two
+    threads do it: one talks to the store that torchrun's environment names, over a connection of its own, and may hang
+    there when a network is cut; the other only looks at the clock.
+    """
+
+    def __init__(self):
+        self.rank, self.a_node = int(os.environ["RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        self.first_node = f"the first node, {address}:{port},"
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun keeps one store over its restarts
+        self.store = dist.PrefixStore(f"watch {attempt}", dist.TCPStore(address, port, is_master=False))
+        self.store.set(f"name {self.rank}", f"rank {self.rank} on {socket.gethostname()}")
+        self.over = threading.Event()
+        self.stepping = threading.Event()  # silence only counts from then on: before, a rank may be busy for minutes
+        self.heard: dict[str, tuple[bytes, float]] = {}  # on rank 0: a rank's last sign of life, and since when
+        self.last_contact = time.monotonic()
+        for loop in (self._talk, self._look_at_the_clock):
+            threading.Thread(target=loop, daemon=True).start()
+
+    def fail(self, status: int, message: str) -> None:
+        """Let every rank end with `message`; only the first call of all ranks counts."""
+        failure = json.dumps({"rank": self.rank, "status": status, "message": message})
+        self.store.compare_set("failure", "", failure)
+        self.follow()
+
+    def follow(self) -> None:
+        """End as the failure in the store says: the rank that failed, and one of each other node, print it."""
+        failure = json.loads(self.store.get("failure"))
+        self.over.set()
+        if failure["rank"] == self.rank:
+            time.sleep(6 * PULSE)  # the store may end with this process: until then every rank has read it
+            end(failure["status"], failure["message"])
+        first_of_node = self.rank % self.a_node == 0 and self.rank // self.a_node != failure["rank"] // self.a_node
+        end(failure["status"], f"{self.name(failure['rank'])} failed: {failure['message']}" if first_of_node else "")
+
+    def name(self, rank: int) -> str:
+        """"rank 3 on node-b"."""
+        return self.store.get(f"name {rank}").decode()
+
+    def _talk(self) -> None:
+        beat = 0
+        while not self.over.wait(PULSE):
+            try:
+                self.store.set(f"beat {self.rank}", str(beat := beat + 1))
+                if self.store.check(["failure"]):
+                    self.follow()
+                if self.rank == 0 and self.stepping.is_set():
+                    self._listen()
+            except dist.DistError:
+                if not self.over.wait(6 * PULSE):  # a rank that ends for a reason of its own comes first
+                    end(1, f"lost contact with {self.first_node} which has ended; the same command continues from the last checkpoint")
+            self.last_contact = time.monotonic()
+
+    def _listen(self) -> None:
+        now, world = time.monotonic(), int(os.environ["WORLD_SIZE"])
+        names = self.store.multi_get([f"name {rank}" for rank in range(world)])
+        for name, beat in zip(names, self.store.multi_get([f"beat {rank}" for rank in range(world)])):
+            if self.heard.get(name, (b"",))[0] != beat:
+                self.heard[name] = beat, now
+        silent = [name.decode() for name, (_, since) in self.heard.items() if now - since > SILENCE]
+        if silent:
+            self.fail(1, f"lost contact with {', '.join(silent)}: silent for {SILENCE:.0f} s, so the process, the machine or the "
+                         "network is gone; the same command continues from the last checkpoint")
+
+    def _look_at_the_clock(self) -> None:
+        while not self.over.wait(PULSE):
+            if self.stepping.is_set() and time.monotonic() - self.last_contact > SILENCE:
+                end(1, f"lost contact with {self.first_node} silent for {SILENCE:.0f} s; the same command continues from the last checkpoint")
+
+
+def lost_contact(error: BaseException) -> bool:
+    """Whether an exception only says that another rank has gone."""
+    return isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and "gloo" in str(error)
+
+
+@contextlib.contextmanager
+def together() -> Iterator[Watch | None]:
+    """Within this context one rank's exception ends all ranks within seconds, and its message is the last that is printed."""
+    watch = Watch() if int(os.environ.get("WORLD_SIZE", 1)) > 1 else None
+    try:
+        yield watch
+    except Exception as error:
+        if watch is None:
+            raise
+        reason = str(error) or type(error).__name__
+        if lost_contact(error):
+            time.sleep(6 * PULSE)  # for the one that has gone, if it can still say why
+            reason = f"lost contact with another rank ({reason.splitlines()[0]}); the same command continues from the last checkpoint"
+        elif not isinstance(error, UserError):
+            traceback.print_exc()
+            get_error_handler().record_exception(error)  # for torchrun's own report
+            reason = f"{type(error).__name__}: {reason.splitlines()[0]}"
+        watch.fail(MISTAKE if isinstance(error, UserError) else 1, reason)
+    finally:
+        if watch is not None:
+            watch.over.set()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Launching
+
+
+def pass_on(number: int, frame) -> None:
+    """Send a signal that this process got to those that it started."""
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            pid, parent = int(file.parent.name), int(file.read_text().rpartition(")")[2].split()[1])
+            if parent == os.getpid():
+                os.kill(pid, number)
+
+
+def launch(argv: list[str]) -> NoReturn:
+    """torchrun with the given arguments, once more after each failure up to its --max-restarts."""
+    from torch.distributed import run as torchrun
+
+    for chatty in ("torch.distributed.elastic", "torch.distributed.run"):
+        logging.getLogger(chatty).setLevel(logging.CRITICAL)  # reports of every rank, after the message that counts
+    for number in SIGNALS:
+        signal.signal(number, pass_on)
+    args = torchrun.parse_args(["--signals-to-handle=SIGINT,SIGHUP,SIGQUIT", *argv])
+    restarts, args.max_restarts = args.max_restarts, 0
+    while True:
+        try:
+            torchrun.run(args)
+            sys.exit(0)
+        except SignalException as error:
+            sys.exit(128 + error.sigval)
+        except ChildFailedError as error:
+            rank, failure = error.get_first_failure()
+        status = failure.exitcode if failure.exitcode >= 0 else 128 - failure.exitcode
+        if failure.exitcode < 0 and status != STOPPED:
+            print(f"error: rank {rank} was ended by {signal.Signals(-failure.exitcode).name}", file=sys.stderr)
+        if restarts == 0 or status in (MISTAKE, STOPPED):
+            sys.exit(status)
+        restarts -= 1
+        print(f"starting again; {restarts} restarts left", file=sys.stderr)
+        args.training_script_args = [flag for flag in args.training_script_args if flag != "--resume=never"]
+
+
+if __name__ == "__main__":
+    launch(sys.argv[1:])
