@@ -4,15 +4,17 @@ Muon (Jordan 2024, https://kellerjordan.github.io/posts/muon/) steps a weight ma
 of its gradient. Newton-Schulz needs the whole matrix, and FSDP2 leaves a slice of its rows on each rank, so
 
     1. momentum is updated where it lives, on the slices, and is never gathered;
-    2. every matrix has one owner among all ranks: the slices of an update travel to it in one all-to-all;
+    2. every matrix has one owner among all ranks: the slices of an update travel to it in all-to-alls, one a shape;
     3. each owner runs Newton-Schulz on its own matrices, those of equal shape as one batched product;
-    4. a second all-to-all carries the rows of the result back to every rank that holds them.
+    4. more all-to-alls carry the rows of the result back to every rank that holds them.
 
-No rank waits for the Newton-Schulz of another's matrix, and the work is 1 / world size of a serial Muon's.
+The exchanges of one shape run under the products of another, and no rank waits for the Newton-Schulz of another's matrix
+before it begins its own; the work is 1 / world size of a serial Muon's.
 Everything that is not a Muon matrix takes an ordinary Adam step (Kingma & Ba, arXiv 1412.6980).
 """
 
 from collections import defaultdict
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -47,13 +49,18 @@ def newton_schulz(G: Tensor, steps: int) -> Tensor:
     return X.reshape(G.shape)  # [K, m, n] -> [..., m, n]
 
 
+def by_shape(matrices: list[Tensor]) -> list[list[int]]:
+    """The indices of matrices of equal shape together, the most expensive shape first."""
+    groups = defaultdict(list)
+    for i, matrix in enumerate(matrices):
+        groups[matrix.shape].append(i)
+    return [groups[shape] for shape in sorted(groups, key=lambda shape: (-newton_schulz_cost(shape), *shape))]
+
+
 def orthogonalize(updates: list[Tensor], steps: int, dtype: torch.dtype) -> list[Tensor]:
     """`newton_schulz` of whole matrices, equal shapes as one batch; returns them in `dtype` and in the given order."""
-    by_shape = defaultdict(list)
-    for i, update in enumerate(updates):
-        by_shape[update.shape].append(i)
     out: list[Tensor] = [torch.empty(0)] * len(updates)
-    for indices in by_shape.values():
+    for indices in by_shape(updates):
         batch = newton_schulz(torch.stack([updates[i].to(dtype) for i in indices]), steps)  # [K, m, n]
         for i, result in zip(indices, batch.unbind()):
             out[i] = result
@@ -76,15 +83,23 @@ def assign_owners(shapes: list[torch.Size], world: int) -> list[int]:
     return owners
 
 
-def exchange(send: list[list[Tensor]], shapes: list[list[tuple[int, int]]], like: Tensor) -> list[list[Tensor]]:
-    """Send the matrices `send[r]` to every rank r; returns those that every rank sent here, of the given `shapes`."""
+def exchange(send: list[list[Tensor]], shapes: list[list[tuple[int, int]]], like: Tensor) -> Callable[[], list[list[Tensor]]]:
+    """Begin to send the matrices `send[r]` to every rank r, which sends some of the given `shapes[r]` here.
+
+    Returns a function that waits for them and returns them.
+    """
     buffer = torch.cat([like.new_empty(0), *(matrix.flatten() for matrices in send for matrix in matrices)])
     sizes = [[m * n for m, n in of_rank] for of_rank in shapes]
     received = like.new_empty(sum(map(sum, sizes)))
-    dist.all_to_all_single(received, buffer, [sum(of_rank) for of_rank in sizes],
-                           [sum(matrix.numel() for matrix in matrices) for matrices in send])
-    pieces = iter(received.split([size for of_rank in sizes for size in of_rank]))
-    return [[next(pieces).view(shape) for shape in of_rank] for of_rank in shapes]
+    work = dist.all_to_all_single(received, buffer, [sum(of_rank) for of_rank in sizes],
+                                  [sum(matrix.numel() for matrix in matrices) for matrices in send], async_op=True)
+
+    def arrived() -> list[list[Tensor]]:
+        work.wait()
+        pieces = iter(received.split([size for of_rank in sizes for size in of_rank]))
+        return [[next(pieces).view(shape) for shape in of_rank] for of_rank in shapes]
+
+    return arrived
 
 
 class Owners:
@@ -109,7 +124,8 @@ class Owners:
         self.shard = {rank: row.index(rank) for row in grid for rank in row}
         self.shapes = [p.shape for p in params]
         owners = assign_owners(self.shapes, mesh.size())
-        self.owned = [[i for i, owner in enumerate(owners) if owner == rank] for rank in self.ranks]
+        # [rounds][ranks] -> the matrices of one shape that the rank owns
+        self.owned = [[[i for i in indices if owners[i] == rank] for rank in self.ranks] for indices in by_shape(params)]
 
     def part(self, i: int, shard: int) -> tuple[int, int]:
         """The shape of a shard of matrix i: ceil(m / shards) rows each until none are left, as in torch.chunk."""
@@ -120,19 +136,24 @@ class Owners:
     def orthogonalize(self, updates: list[Tensor], steps: int, dtype: torch.dtype) -> list[Tensor]:
         """This rank's rows of every matrix in, its rows of every orthogonalised matrix out, in `dtype`."""
         updates = [update.to(dtype) for update in updates]
-        mine, near = self.owned[self.me], self.replica[self.me]
-        slices = exchange([[updates[i] for i in self.owned[rank]] if rank in near else [] for rank in self.ranks],
-                          [[self.part(i, self.shard[rank]) for i in mine] if rank in near else [] for rank in self.ranks],
-                          like=updates[0])
-        whole = [torch.cat([slices[rank][k] for rank in near]) for k in range(len(mine))]  # [m, n]
-        results = orthogonalize(whole, steps, dtype)
-        parts = [result.split([self.part(i, s)[0] for s in range(self.shards)]) for i, result in zip(mine, results)]
-        returned = exchange([[part[self.shard[rank]] for part in parts] for rank in self.ranks],
-                            [[self.part(i, self.shard[self.me]) for i in self.owned[rank]] for rank in self.ranks],
-                            like=updates[0])
-        for rank in self.ranks:
-            for i, rows in zip(self.owned[rank], returned[rank]):
-                updates[i] = rows
+        near, like = self.replica[self.me], updates[0]
+        to_owners = [exchange([[updates[i] for i in owned[rank]] if rank in near else [] for rank in self.ranks],
+                              [[self.part(i, self.shard[rank]) for i in owned[self.me]] if rank in near else [] for rank in self.ranks],
+                              like) for owned in self.owned]
+        to_holders = []
+        for owned, arrived in zip(self.owned, to_owners):
+            mine, slices = owned[self.me], arrived()
+            parts = []  # of each of my matrices, one a shard
+            if mine:
+                whole = torch.stack([torch.cat([slices[rank][k] for rank in near]) for k in range(len(mine))])  # [K, m, n]
+                rows = [self.part(mine[0], shard)[0] for shard in range(self.shards)]
+                parts = [matrix.split(rows) for matrix in newton_schulz(whole, steps)]
+            to_holders.append(exchange([[part[self.shard[rank]] for part in parts] for rank in self.ranks],
+                                       [[self.part(i, self.shard[self.me]) for i in owned[rank]] for rank in self.ranks], like))
+        for owned, arrived in zip(self.owned, to_holders):
+            for indices, parts in zip(owned, arrived()):
+                for i, rows in zip(indices, parts):
+                    updates[i] = rows
         return updates
 
 

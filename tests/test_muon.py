@@ -14,9 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
 from conftest import fork_context
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
@@ -25,6 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import muon  # noqa: E402
 from muon import Muon, assign_owners, newton_schulz, newton_schulz_cost  # noqa: E402
 
 SHAPES = [(48, 32), (32, 48), (40, 40), (40, 40), (96, 24), (24, 96)]  # tall, wide, square, two alike
@@ -497,6 +500,63 @@ def compare_with_unsharded(mesh, names: str) -> dict:
                                                 zip(sharded.parameters(), Uneven(names).parameters()))}
 
 
+def step_all(model: Uneven, optimizer: Muon, steps: range) -> None:
+    """Steps with the gradients of `gradient_of`, sharded or not."""
+    for step in steps:
+        for name, p in model.named_parameters():
+            p.grad = gradient_of(name, step)
+            if isinstance(p, DTensor):
+                p.grad = distribute_tensor(p.grad, p.device_mesh, p.placements)
+        optimizer.step()
+
+
+def sharded_model(mesh) -> tuple[Uneven, Muon]:
+    model = Uneven(" ".join(Uneven.SHAPES))
+    fully_shard(model, mesh=mesh)
+    return model, model.optimizer()
+
+
+def compare_after_a_resume(mesh, folder: str) -> float:
+    """Two steps by another number of ranks, whose checkpoint is in `folder`, then two by this one, against four unsharded."""
+    model, optimizer = sharded_model(mesh)
+    weights, state = get_state_dict(model, optimizer)
+    dcp.load({"weights": weights, "state": state}, checkpoint_id=folder)
+    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
+    step_all(model, optimizer, range(2, 4))
+    plain = Uneven(" ".join(Uneven.SHAPES))
+    step_all(plain, plain.optimizer(), range(4))
+    return max((p.full_tensor() - q).abs().max().item() for p, q in zip(model.parameters(), plain.parameters()))
+
+
+def save_after_two_steps(mesh, folder: str) -> None:
+    model, optimizer = sharded_model(mesh)
+    step_all(model, optimizer, range(2))
+    weights, state = get_state_dict(model, optimizer)
+    dcp.save({"weights": weights, "state": state}, checkpoint_id=folder)
+
+
+class Noting:
+    """A collective that writes down when it is waited for."""
+
+    def __init__(self, work, events: list[str]):
+        self.work, self.events = work, events
+
+    def wait(self) -> None:
+        self.events.append("wait")
+        self.work.wait()
+
+
+def events_of_a_step(mesh) -> list[str]:
+    """What a rank does in `Muon.step`, in order: send, wait, and multiply where it owns matrices."""
+    events, send, multiply = [], dist.all_to_all_single, muon.newton_schulz
+    model, optimizer = sharded_model(mesh)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "all_to_all_single", lambda *a, **k: (events.append("send"), Noting(send(*a, **k), events))[1])
+        patch.setattr(muon, "newton_schulz", lambda *a: (events.append("multiply"), multiply(*a))[1])
+        step_all(model, optimizer, range(1))
+    return events
+
+
 def raises_value_error(action) -> str:
     try:
         action()
@@ -511,11 +571,15 @@ def run_scenarios(rank: int, world: int, folder: str) -> None:
     everything = " ".join(Uneven.SHAPES)
     mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("shard",))
     found = {"flat": compare_with_unsharded(mesh, everything), "one matrix": compare_with_unsharded(mesh, "g bias"),
-             "no matrix": compare_with_unsharded(mesh, "bias")}
+             "no matrix": compare_with_unsharded(mesh, "bias"), "events": events_of_a_step(mesh)}
+    if world > 2:
+        found["resumed"] = compare_after_a_resume(mesh, f"{folder}/checkpoint{world - 1}")
+    save_after_two_steps(mesh, f"{folder}/checkpoint{world}")
     if world == 4:
         for shape in ((2, 2), (4, 1), (1, 4)):
             grid = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard"))
             found[f"{shape[0]} x {shape[1]}"] = compare_with_unsharded(grid, everything)
+            found[f"resumed {shape[0]} x {shape[1]}"] = compare_after_a_resume(grid, f"{folder}/checkpoint{world - 1}")
             if shape == (2, 2):
                 half = Uneven("a d e")
                 fully_shard(half, mesh=grid["shard"])  # two ranks of four
@@ -558,6 +622,22 @@ def test_sharded_steps_equal_unsharded_ones(measured):
             assert found[mesh]["moved"] > 1e-3  # every parameter was stepped
             assert found[mesh]["weights"] < 1e-6  # weights of order 1; measured 0
             assert found[mesh]["state"] < 1e-6  # measured 0
+
+
+def test_a_checkpoint_of_another_number_of_ranks_continues_as_if_unsharded(measured):
+    found = {name: value for name, value in measured[0].items() if name.startswith("resumed")}
+    assert len(found) == {2: 0, 3: 1, 4: 4}[len(measured)]
+    assert all(error < 1e-6 for error in found.values()), found  # measured 0
+
+
+def test_no_rank_waits_for_anothers_matrix_before_it_begins_its_own(measured):
+    # SHAPES has six shapes of matrices, two of them alike: first all rows leave, then each shape is waited for, multiplied
+    # by its owners and sent back, and only then are results waited for
+    for found in measured:
+        events = [event for event in found["events"] if event != "multiply"]
+        assert events == 6 * ["send"] + 6 * ["wait", "send"] + 6 * ["wait"]
+        assert found["events"][-6:] == 6 * ["wait"], "a matrix is multiplied after a result was waited for"
+    assert sum(found["events"].count("multiply") for found in measured) in (6, 7), "the two alike have one owner, or two"
 
 
 def test_each_rank_holds_its_rows_only(measured):
