@@ -11,6 +11,7 @@ import datetime
 import json
 import logging
 import os
+import re
 import signal
 import socket
 import sys
@@ -55,13 +56,23 @@ def join(use_cuda: bool) -> tuple[torch.device, DeviceMesh]:
     if use_cuda:
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
-    if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=PATIENCE)
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    rank = int(os.environ.get("RANK", 0))
+    store = open_store("join", serve=rank == 0) if "RANK" in os.environ else dist.HashStore()
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=PATIENCE)
     if world > a_node:
         return device, init_device_mesh(device.type, (world // a_node, a_node), mesh_dim_names=("replicate", "shard"))
     return device, init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
+
+
+def open_store(purpose: str, serve: bool = False) -> dist.Store:
+    """A connection to the store at torchrun's MASTER_ADDR; without torchrun, one rank has to `serve` it.
+
+    torchrun keeps one store over its restarts, and ranks that found the addresses of their predecessors in it hung.
+    """
+    agent_serves = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=serve and not agent_serves,
+                          wait_for_workers=False, timeout=PATIENCE)
+    return dist.PrefixStore(f"{purpose} {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
 def set_timeout(timeout: datetime.timedelta, mesh: DeviceMesh) -> None:
@@ -131,10 +142,8 @@ class Watch:
 
     def __init__(self):
         self.rank, self.a_node = int(os.environ["RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
-        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        self.first_node = f"the first node, {address}:{port},"
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun keeps one store over its restarts
-        self.store = dist.PrefixStore(f"watch {attempt}", dist.TCPStore(address, port, is_master=False))
+        self.first_node = f"the first node, {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']},"
+        self.store = open_store("watch")
         self.store.set(f"name {self.rank}", f"rank {self.rank} on {socket.gethostname()}")
         self.over = threading.Event()
         self.stepping = threading.Event()  # silence only counts from then on: before, a rank may be busy for minutes
@@ -211,7 +220,8 @@ def together() -> Iterator[Watch | None]:
         reason = str(error) or type(error).__name__
         if lost_contact(error):
             time.sleep(6 * PULSE)  # for the one that has gone, if it can still say why
-            reason = f"lost contact with another rank ({reason.splitlines()[0]}); the same command continues from the last checkpoint"
+            reason = re.sub(r"^\[\S+\] ", "", reason.splitlines()[0]).split(". ")[0]  # gloo's file and line, and its advice
+            reason = f"lost contact with another rank ({reason}); the same command continues from the last checkpoint"
         elif not isinstance(error, UserError):
             traceback.print_exc()
             get_error_handler().record_exception(error)  # for torchrun's own report

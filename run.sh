@@ -4,8 +4,10 @@
 #   ./run.sh                    no GPU: demo; 1 to 7 GPUs: solo; 8 and more: the record run on all of them
 #   ./run.sh demo|solo [flags]  that preset, then its score; flags are those of train_prx.py
 #   ./run.sh test [flags]       the tests; flags are those of pytest
+#   ./run.sh plan [flags]       what a run would take: hours, dollars, memory, disk, and what is missing; writes nothing
 #   ./run.sh --preset=record --name=try1 ...          train_prx.py on all GPUs of this node
 #   NNODES=4 NODE_RANK=k MASTER_ADDR=host ./run.sh    the same on each of 4 nodes;   srun ./run.sh under SLURM
+#   RESTARTS=3 ./run.sh         start again after a failure; NPROC_PER_NODE=2: so many processes, where there is no GPU
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -13,7 +15,7 @@ cd "$(dirname "$0")"
 # times slower. A short spin costs 7% on a quiet machine.
 export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-1000}
 
-usage() { sed -n '2,8s/^# \{0,1\}//p' run.sh; }
+usage() { sed -n '2,10s/^# \{0,1\}//p' run.sh; }
 fail() { echo "error: $*" >&2; exit 2; }
 
 # Whether a Python has every requirement of the given files.
@@ -52,20 +54,35 @@ set_up() {
     exec 9>&-
 }
 
+# Run a command and hand it the signals: by itself, bash would end before it, or act only after it has ended.
+supervise() {
+    local child status=0
+    set -m  # a process group of its own, in which an interrupt is not ignored
+    "$@" &
+    child=$!
+    set +m
+    for signal in TERM USR1 INT HUP; do trap "kill -$signal $child 2>/dev/null || true" $signal; done
+    while wait "$child" && status=0 || status=$?; kill -0 "$child" 2>/dev/null; do :; done
+    trap - TERM USR1 INT HUP
+    return $status
+}
+
 # Train with the given flags on all GPUs of this node, or of all nodes.
 train() {
-    local gpus nodes=${NNODES:-${SLURM_NNODES:-1}}
+    local gpus processes nodes=${NNODES:-${SLURM_NNODES:-1}} where=()
     gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
+    processes=${NPROC_PER_NODE:-$((gpus > 0 ? gpus : 1))}
     if [ "$nodes" -gt 1 ]; then
         local head=${MASTER_ADDR:-$(scontrol show hostnames "${SLURM_JOB_NODELIST:-}" 2>/dev/null | head -n 1)}
         [ -n "$head" ] || fail "NNODES=$nodes needs MASTER_ADDR=host, the name of the first node"
-        "$PYTHON" -m torch.distributed.run --nnodes="$nodes" --node-rank="${NODE_RANK:-${SLURM_NODEID:-0}}" \
-            --master-addr="$head" --master-port="${MASTER_PORT:-29500}" --nproc-per-node="$((gpus > 0 ? gpus : 1))" train_prx.py "$@"
-    elif [ "$gpus" -gt 1 ]; then
-        "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node="$gpus" train_prx.py "$@"
+        where=(--nnodes="$nodes" --node-rank="${NODE_RANK:-${SLURM_NODEID:-0}}" --master-addr="$head" --master-port="${MASTER_PORT:-29500}")
+    elif [ "$processes" -gt 1 ] || [ "${RESTARTS:-0}" -gt 0 ]; then
+        where=(--standalone)
     else
-        "$PYTHON" train_prx.py "$@"
+        supervise "$PYTHON" train_prx.py "$@"
+        return
     fi
+    supervise "$PYTHON" ranks.py "${where[@]}" --nproc-per-node="$processes" --max-restarts="${RESTARTS:-0}" train_prx.py "$@"
 }
 
 # A preset on scenes: data if it is missing, training, score and grid.
@@ -90,8 +107,11 @@ case $command in
         elif [ "$gpus" -ge 1 ]; then scenes solo 256
         else scenes demo 32
         fi ;;
+    plan)
+        set_up requirements.txt
+        "$PYTHON" benchmarks/plan.py "${@:2}" ;;
     demo) set_up requirements.txt; scenes demo 32 "${@:2}" ;;
     solo) set_up requirements.txt; scenes solo 256 "${@:2}" ;;
     --*) set_up requirements.txt; train "$@" ;;
-    *) fail "unknown command $command; known are demo, solo, test and any flag of train_prx.py (./run.sh --help)" ;;
+    *) fail "unknown command $command; known are demo, solo, plan, test and any flag of train_prx.py (./run.sh --help)" ;;
 esac
