@@ -6,18 +6,20 @@ of its gradient. Newton-Schulz needs the whole matrix, and FSDP2 leaves a slice 
     1. momentum is updated where it lives, on the slices, and is never gathered;
     2. every matrix has one owner among all ranks: the slices of an update travel to it in all-to-alls, one a shape;
     3. each owner runs Newton-Schulz on its own matrices, those of equal shape as one batched product;
-    4. more all-to-alls carry the rows of the result back to every rank that holds them.
+    4. more all-to-alls carry the rows of the result back to the ranks that hold them, and one all-gather to their replicas.
 
-The exchanges of one shape run under the products of another, and no rank waits for the Newton-Schulz of another's matrix
-before it begins its own; the work is 1 / world size of a serial Muon's.
+Slices leave the node only in that all-gather. The exchanges of one shape run under the products of another, and no rank
+waits for the Newton-Schulz of another's matrix before it begins its own: the work is 1 / world size of a serial Muon's.
 Everything that is not a Muon matrix takes an ordinary Adam step (Kingma & Ba, arXiv 1412.6980).
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
@@ -83,8 +85,9 @@ def assign_owners(shapes: list[torch.Size], world: int) -> list[int]:
     return owners
 
 
-def exchange(send: list[list[Tensor]], shapes: list[list[tuple[int, int]]], like: Tensor) -> Callable[[], list[list[Tensor]]]:
-    """Begin to send the matrices `send[r]` to every rank r, which sends some of the given `shapes[r]` here.
+def exchange(send: list[list[Tensor]], shapes: list[list[tuple[int, int]]], like: Tensor,
+             group: dist.ProcessGroup) -> Callable[[], list[list[Tensor]]]:
+    """Begin to send the matrices `send[s]` to every rank s of the group, which sends some of the given `shapes[s]` here.
 
     Returns a function that waits for them and returns them.
     """
@@ -92,7 +95,7 @@ def exchange(send: list[list[Tensor]], shapes: list[list[tuple[int, int]]], like
     sizes = [[m * n for m, n in of_rank] for of_rank in shapes]
     received = like.new_empty(sum(map(sum, sizes)))
     work = dist.all_to_all_single(received, buffer, [sum(of_rank) for of_rank in sizes],
-                                  [sum(matrix.numel() for matrix in matrices) for matrices in send], async_op=True)
+                                  [sum(matrix.numel() for matrix in matrices) for matrices in send], group, async_op=True)
 
     def arrived() -> list[list[Tensor]]:
         work.wait()
@@ -106,8 +109,7 @@ class Owners:
     """Which rank orthogonalises which of a list of sharded matrices, and how their rows get there and back.
 
     The matrices are sharded by rows over the last dimension of one device mesh and replicated over any other, as FSDP2
-    leaves them; the mesh covers all ranks. Rows travel to a matrix's owner from the owner's own replica, and from the
-    owner to every replica. Raises ValueError for any other layout.
+    leaves them; the mesh covers all ranks. Raises ValueError for any other layout.
     """
 
     def __init__(self, params: list[DTensor]):
@@ -116,16 +118,18 @@ class Owners:
         for p in params:
             if p.device_mesh != mesh or tuple(p.placements) != by_rows:
                 raise ValueError(f"Muon needs all matrices sharded by rows over one mesh, not {p.placements}")
-        if mesh.size() != dist.get_world_size():
-            raise ValueError(f"Muon's mesh has {mesh.size()} of {dist.get_world_size()} ranks; it needs all of them")
-        grid = mesh.mesh.reshape(-1, mesh.mesh.shape[-1]).tolist()  # [replicas][shards] -> rank
-        self.ranks, self.shards, self.me = range(mesh.size()), len(grid[0]), dist.get_rank()
-        self.replica = {rank: row for row in grid for rank in row}  # rank -> the ranks of its replica, in shard order
-        self.shard = {rank: row.index(rank) for row in grid for rank in row}
+        if mesh.size() != dist.get_world_size() or mesh.ndim > 2:
+            raise ValueError(f"Muon's mesh has {mesh.size()} of {dist.get_world_size()} ranks in {mesh.ndim} dimensions; "
+                             "it needs all of them, in one or two")
+        grid = mesh.mesh.reshape(-1, mesh.shape[-1])  # [replicas, shards] -> rank
+        self.replicas, self.shards = grid.shape
+        self.replica, self.shard = (grid == dist.get_rank()).nonzero()[0].tolist()
+        self.near, self.across = mesh.get_group(mesh.ndim - 1), mesh.get_group(0)  # the ranks of my replica, of my shard
         self.shapes = [p.shape for p in params]
         owners = assign_owners(self.shapes, mesh.size())
-        # [rounds][ranks] -> the matrices of one shape that the rank owns
-        self.owned = [[[i for i in indices if owners[i] == rank] for rank in self.ranks] for indices in by_shape(params)]
+        # [rounds][replicas][shards] -> the matrices of one shape that the rank owns
+        self.owned = [[[[i for i in indices if owners[i] == rank] for rank in row] for row in grid.tolist()]
+                      for indices in by_shape(params)]
 
     def part(self, i: int, shard: int) -> tuple[int, int]:
         """The shape of a shard of matrix i: ceil(m / shards) rows each until none are left, as in torch.chunk."""
@@ -136,24 +140,38 @@ class Owners:
     def orthogonalize(self, updates: list[Tensor], steps: int, dtype: torch.dtype) -> list[Tensor]:
         """This rank's rows of every matrix in, its rows of every orthogonalised matrix out, in `dtype`."""
         updates = [update.to(dtype) for update in updates]
-        near, like = self.replica[self.me], updates[0]
-        to_owners = [exchange([[updates[i] for i in owned[rank]] if rank in near else [] for rank in self.ranks],
-                              [[self.part(i, self.shard[rank]) for i in owned[self.me]] if rank in near else [] for rank in self.ranks],
-                              like) for owned in self.owned]
+        rounds = [owned[self.replica] for owned in self.owned]  # [rounds][shards]: my replica's
+        to_owners = [exchange([[updates[i] for i in matrices] for matrices in owned],
+                              [[self.part(i, shard) for i in owned[self.shard]] for shard in range(self.shards)],
+                              updates[0], self.near) for owned in rounds]
         to_holders = []
-        for owned, arrived in zip(self.owned, to_owners):
-            mine, slices = owned[self.me], arrived()
-            parts = []  # of each of my matrices, one a shard
+        for owned, arrived in zip(rounds, to_owners):
+            mine, slices = owned[self.shard], arrived()  # [shards][K] of [rows, n]
+            parts = []  # [K][shards] of [rows, n]
             if mine:
-                whole = torch.stack([torch.cat([slices[rank][k] for rank in near]) for k in range(len(mine))])  # [K, m, n]
+                whole = torch.stack([torch.cat(of_matrix) for of_matrix in zip(*slices)])  # [K, m, n]
                 rows = [self.part(mine[0], shard)[0] for shard in range(self.shards)]
                 parts = [matrix.split(rows) for matrix in newton_schulz(whole, steps)]
-            to_holders.append(exchange([[part[self.shard[rank]] for part in parts] for rank in self.ranks],
-                                       [[self.part(i, self.shard[self.me]) for i in owned[rank]] for rank in self.ranks], like))
-        for owned, arrived in zip(self.owned, to_holders):
-            for indices, parts in zip(owned, arrived()):
-                for i, rows in zip(indices, parts):
+            to_holders.append(exchange([[part[shard] for part in parts] for shard in range(self.shards)],
+                                       [[self.part(i, self.shard) for i in matrices] for matrices in owned],
+                                       updates[0], self.near))
+        for owned, arrived in zip(rounds, to_holders):
+            for matrices, parts in zip(owned, arrived()):
+                for i, rows in zip(matrices, parts):
                     updates[i] = rows
+        return self.from_replicas(updates) if self.replicas > 1 else updates
+
+    def from_replicas(self, updates: list[Tensor]) -> list[Tensor]:
+        """My rows of every matrix, where so far I have those of my replica's."""
+        matrices = [[i for owned in self.owned for of_rank in owned[replica] for i in of_rank] for replica in range(self.replicas)]
+        sizes = [[math.prod(self.part(i, self.shard)) for i in of_replica] for of_replica in matrices]
+        longest = max(map(sum, sizes))  # an all-gather takes equally much from each
+        mine = torch.cat([updates[0].new_empty(0), *(updates[i].flatten() for i in matrices[self.replica])])
+        gathered = mine.new_empty(self.replicas * longest)
+        dist.all_gather_into_tensor(gathered, F.pad(mine, (0, longest - len(mine))), self.across)
+        for row, of_replica, parts in zip(gathered.view(self.replicas, longest), matrices, sizes):
+            for i, rows in zip(of_replica, row[: sum(parts)].split(parts)):
+                updates[i] = rows.view(self.part(i, self.shard))
         return updates
 
 

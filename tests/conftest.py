@@ -99,7 +99,7 @@ UNDER_WAY: list["Running"] = []
 class Running:
     """A command under way on one or more ranks."""
 
-    def __init__(self, cwd: Path, script: str | Path, flags: list[str], ranks: int, env: dict[str, str]):
+    def __init__(self, cwd: Path, script: str | Path, flags: list[str], ranks: int, nodes: int, env: dict[str, str]):
         script = str(ROOT / script)  # ROOT is left out where `script` is an absolute path
         n = sum(1 for _ in cwd.glob(".out-*"))
         self.out, self.err = cwd / f".out-{n}", cwd / f".err-{n}"
@@ -110,8 +110,9 @@ class Running:
             port = probe.getsockname()[1]
         self.processes = []
         for rank in range(ranks):
-            ranked = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),
-                      "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} if ranks > 1 else {}
+            a_node = ranks // nodes
+            ranked = {"RANK": str(rank), "LOCAL_RANK": str(rank % a_node), "WORLD_SIZE": str(ranks),
+                      "LOCAL_WORLD_SIZE": str(a_node), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} if ranks > 1 else {}
             arguments = script, flags, str(cwd), {**ranked, **env}, str(self.out), str(self.err)
             self.processes.append(fork_context().Process(target=as_script, args=arguments))
             self.processes[-1].start()
@@ -149,19 +150,20 @@ class Running:
             time.sleep(0.005)
 
 
-def start(cwd: Path, script: str | Path, *flags: str, ranks: int = 1, env: dict[str, str] | None = None) -> Running:
-    """Start a script of the project, or any by absolute path, in `cwd`."""
-    return Running(Path(cwd), script, list(flags), ranks, env or {})
+def start(cwd: Path, script: str | Path, *flags: str, ranks: int = 1, nodes: int = 1,
+          env: dict[str, str] | None = None) -> Running:
+    """Start a script of the project, or any by absolute path, in `cwd`; `ranks` are in all, on so many `nodes`."""
+    return Running(Path(cwd), script, list(flags), ranks, nodes, env or {})
 
 
-def run(cwd: Path, script: str | Path, *flags: str, ranks: int = 1, env: dict[str, str] | None = None) -> Result:
+def run(cwd: Path, script: str | Path, *flags: str, ranks: int = 1, nodes: int = 1, env: dict[str, str] | None = None) -> Result:
     """Run a script to its end."""
-    return start(cwd, script, *flags, ranks=ranks, env=env).wait()
+    return start(cwd, script, *flags, ranks=ranks, nodes=nodes, env=env).wait()
 
 
-def train(cwd: Path, *flags: str, ranks: int = 1) -> Path:
+def train(cwd: Path, *flags: str, ranks: int = 1, nodes: int = 1) -> Path:
     """Run train_prx.py, which must succeed; returns the run's folder."""
-    result = run(cwd, "train_prx.py", *flags, ranks=ranks)
+    result = run(cwd, "train_prx.py", *flags, ranks=ranks, nodes=nodes)
     assert result.status == 0, result
     name = [flag for flag in flags if flag.startswith("--name=")]
     return cwd / "runs" / (name[-1].removeprefix("--name=") if name else "demo")
