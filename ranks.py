@@ -162,11 +162,14 @@ class Watch:
         """End as the failure in the store says: the rank that failed, and one of each other node, print it."""
         failure = json.loads(self.store.get("failure"))
         self.over.set()
+        here = self.rank // self.a_node == failure["rank"] // self.a_node
+        if not here and self.rank % self.a_node == 0:
+            print(f"error: {self.name(failure['rank'])} failed: {failure['message']}", file=sys.stderr)
+        time.sleep(4 * PULSE)  # the store may end with this process: until then every rank has read it
         if failure["rank"] == self.rank:
-            time.sleep(6 * PULSE)  # the store may end with this process: until then every rank has read it
+            time.sleep(2 * PULSE)  # so that its message comes last
             end(failure["status"], failure["message"])
-        first_of_node = self.rank % self.a_node == 0 and self.rank // self.a_node != failure["rank"] // self.a_node
-        end(failure["status"], f"{self.name(failure['rank'])} failed: {failure['message']}" if first_of_node else "")
+        end(failure["status"])
 
     def name(self, rank: int) -> str:
         """"rank 3 on node-b"."""
@@ -251,6 +254,7 @@ def launch(argv: list[str]) -> NoReturn:
 
     for chatty in ("torch.distributed.elastic", "torch.distributed.run"):
         logging.getLogger(chatty).setLevel(logging.CRITICAL)  # reports of every rank, after the message that counts
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # of the ranks: stack traces where a store has ended
     for number in SIGNALS:
         signal.signal(number, pass_on)
     args = torchrun.parse_args(["--signals-to-handle=SIGINT,SIGHUP,SIGQUIT", *argv])

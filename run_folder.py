@@ -210,7 +210,8 @@ class RunFolder:
             self.trouble = None
         except CANNOT_SAVE as error:
             causes = [cause for cause, _ in error.failures.values()] if isinstance(error, dcp.api.CheckpointException) else [error]
-            self.trouble = str(causes[0]).splitlines()[0]
+            free = shutil.disk_usage(self.path).free  # torch hides a full disk behind messages of its own
+            self.trouble = f"{str(causes[0]).splitlines()[0]} ({free / 1e9:.1f} GB are free on its disk)"
             if dist.get_rank() == 0:
                 shutil.rmtree(aside, ignore_errors=True)
                 ema.unlink(missing_ok=True)

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-ENV = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200"}
+ENV = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 PRELOADED = ["pytest", "torch", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.checkpoint", "torchvision",
              "datasets", "transformers", "safetensors.torch", "PIL.Image", "tqdm"]
 PATIENCE = 90  # seconds for any one command
@@ -118,14 +118,17 @@ class Running:
             self.processes[-1].start()
         UNDER_WAY.append(self)
 
-    def wait(self) -> Result:
-        deadline = time.monotonic() + PATIENCE
+    def alive(self) -> bool:
+        return any(process.is_alive() for process in self.processes)
+
+    def wait(self, patience: float = PATIENCE) -> Result:
+        deadline = time.monotonic() + patience
         for process in self.processes:
             process.join(max(0, deadline - time.monotonic()))
         late = [process for process in self.processes if process.is_alive()]
         self.kill(signal.SIGKILL)
         stdout, stderr = self.out.read_text(), self.err.read_text()
-        assert not late, f"not done after {PATIENCE} s; {stdout[-2000:]}\n{stderr[-2000:]}"
+        assert not late, f"not done after {patience} s; {stdout[-2000:]}\n{stderr[-2000:]}"
         return Result(next((p.exitcode for p in self.processes if p.exitcode), 0), stdout, stderr)
 
     def kill(self, number: int) -> None:
@@ -145,7 +148,7 @@ class Running:
             lines = file.read_text().splitlines() if file.exists() else []
             if any(line.startswith(f'{{"step": {step},') for line in lines):
                 return
-            assert any(process.is_alive() for process in self.processes), self.wait()
+            assert self.alive(), self.wait()
             assert time.monotonic() < deadline, f"no step {step} after {PATIENCE} s"
             time.sleep(0.005)
 
@@ -156,9 +159,10 @@ def start(cwd: Path, script: str | Path, *flags: str, ranks: int = 1, nodes: int
     return Running(Path(cwd), script, list(flags), ranks, nodes, env or {})
 
 
-def run(cwd: Path, script: str | Path, *flags: str, ranks: int = 1, nodes: int = 1, env: dict[str, str] | None = None) -> Result:
-    """Run a script to its end."""
-    return start(cwd, script, *flags, ranks=ranks, nodes=nodes, env=env).wait()
+def run(cwd: Path, script: str | Path, *flags: str, ranks: int = 1, nodes: int = 1, env: dict[str, str] | None = None,
+        patience: float = PATIENCE) -> Result:
+    """Run a script to its end, which must come within `patience` seconds."""
+    return start(cwd, script, *flags, ranks=ranks, nodes=nodes, env=env).wait(patience)
 
 
 def train(cwd: Path, *flags: str, ranks: int = 1, nodes: int = 1) -> Path:

@@ -19,7 +19,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ENV, KEYS, ROOT, checkpoint_tensors, curve, different, last_checkpoint, metrics, run, start, train
-from test_run import FINISH, SAVING, assert_same_curve, assert_same_end
+from kills import kill_and_compare
+from test_run import FINISH, SAVING, assert_same_curve, assert_same_end, unbroken  # noqa: F401
 
 FP32 = ["--precision=fp32", "--ema_every=3"]
 MESHES = {"1x1": (1, 1), "1x2": (2, 1), "2x1": (2, 2), "2x2": (4, 2)}  # nodes x processes a node -> (ranks, nodes)
@@ -54,3 +55,322 @@ def test_thirty_steps_of_the_demo_agree_on_every_mesh(demo_runs, mesh):
     worst = max(((found[name] - expected[name]).norm() / expected[name].norm()).item() for name in floats)
     print(f", tensors {worst:.1e} relative")
     assert worst < 1e-5
+
+
+def chunks_in_order(cwd: Path, ranks: int, steps: range, per_step: int) -> list[list[str]]:
+    """The keys of every chunk of the given steps, in the order of (step, chunk), from what each rank wrote down."""
+    read = [[json.loads(line) for line in (cwd / f"keys-{rank}").read_text().splitlines()] for rank in range(ranks)]
+    mine = per_step // ranks
+    return [read[chunk // mine][(step - steps.start) * mine + chunk % mine] for step in steps for chunk in range(per_step)]
+
+
+@pytest.fixture(scope="module")
+def twelve(tiny) -> list[str]:
+    """A run of 12 chunks a step, saved at step 10 of 20."""
+    return [*tiny, *FP32, "--stages=32:20:24:1", "--micro_batch=2"]
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory, twelve) -> Path:
+    """That run on one rank, with what it read."""
+    cwd = tmp_path_factory.mktemp("one_rank")
+    (cwd / "keys.py").write_text(KEYS.format(root=str(ROOT)))
+    assert run(cwd, cwd / "keys.py", *twelve).status == 0
+    return cwd
+
+
+@pytest.mark.parametrize("ranks, nodes", [(1, 1), (4, 4), (3, 1)])
+def test_a_checkpoint_of_two_nodes_continues_on_another_mesh(tmp_path, twelve, one_rank, ranks, nodes):
+    (tmp_path / "keys.py").write_text(KEYS.format(root=str(ROOT)))
+    assert run(tmp_path, tmp_path / "keys.py", *twelve, "--max_steps=10", ranks=4, nodes=2).status == 0
+    whole = chunks_in_order(one_rank, 1, range(20), 12)
+    assert chunks_in_order(tmp_path, 4, range(10), 12) == whole[:120]
+    for file in tmp_path.glob("keys-*"):
+        file.unlink()
+    result = run(tmp_path, tmp_path / "keys.py", *twelve, ranks=ranks, nodes=nodes)
+    assert result.status == 0 and "\ncontinuing from step 10\n" in result.stdout
+    assert_same_curve(one_rank / "runs/demo", tmp_path / "runs/demo")
+    read = chunks_in_order(tmp_path, ranks, range(10, 20), 12)
+    assert read == whole[120:], "the data goes on where it was"
+
+
+def test_norms_of_a_few_layers_are_those_of_the_checkpoints(tmp_path, tiny):
+    flags = [*tiny, *FP32, "--save_every=1", "--keep=9", "--max_steps=3", "--grad_clip=1e6"]
+    (tmp_path / "one").mkdir()
+    (tmp_path / "four").mkdir()
+    folder, four = train(tmp_path / "one", *flags), train(tmp_path / "four", *flags, ranks=4, nodes=2)
+    before, after = (checkpoint_tensors(folder / f"checkpoints/step_{step:06d}") for step in (2, 3))
+    line = metrics(folder)[2]
+    for block in (0, 1, 2):
+        names = [name for name in after if name.startswith(f"model.blocks.{block}.")]
+        assert len(names) == 11
+        norm = sum(after[name].double().square().sum() for name in names).sqrt().item()
+        update = sum((after[name].double() - before[name]).square().sum() for name in names).sqrt().item()
+        assert line[f"weight_norm/blocks.{block}"] == pytest.approx(norm, rel=1e-5)
+        assert line[f"update_norm/blocks.{block}"] == pytest.approx(update, rel=1e-5)
+    blocks = sum(line[f"grad_norm/blocks.{block}"] ** 2 for block in (0, 1, 2)) ** 0.5
+    assert 0 < blocks < line["grad_norm"], "there are gradients outside the blocks as well"
+    for one, other in zip(metrics(folder), metrics(four)):
+        assert {k: v for k, v in other.items() if "norm" in k} == pytest.approx({k: v for k, v in one.items() if "norm" in k}, rel=1e-3)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ranks that fail or drift
+
+
+SABOTAGE = """
+import os, sys
+sys.path.insert(0, {root!r})
+import torch, train_prx
+honest = train_prx.train_step
+
+def train_step(model, *args):
+    step = args[-2]
+    if step == {step} and int(os.environ["RANK"]) in {ranks}:
+        {action}
+    return honest(model, *args)
+
+train_prx.train_step = train_step
+train_prx.run_main(train_prx.main)
+"""
+FLIP = "train_prx.local([model.blocks[1].down_proj.weight])[0].data[0, 0].mul_(1 + 2**-23)"  # the last bit of one number
+
+
+def sabotage(cwd: Path, step: int, ranks: list[int], action: str) -> Path:
+    """A script that trains, and does `action` on some ranks before a step."""
+    (cwd / "sabotage.py").write_text(SABOTAGE.format(root=str(ROOT), step=step, ranks=ranks, action=action))
+    return cwd / "sabotage.py"
+
+
+@pytest.mark.parametrize("action, status, message", [
+    ("raise RuntimeError('a bug in a loss')", 1, "RuntimeError: a bug in a loss"),
+    ("raise train_prx.UserError('three rows do not decode')", 2, "three rows do not decode"),
+])
+def test_one_ranks_failure_ends_all_and_its_message_comes_last(tmp_path, tiny, action, status, message):
+    script = sabotage(tmp_path, 3, [2], action)
+    began = time.monotonic()
+    process = start(tmp_path, script, *tiny, ranks=4, nodes=2)
+    result = process.wait()
+    assert time.monotonic() - began < 60
+    assert [p.exitcode for p in process.processes] == [status] * 4
+    lines = result.stderr.strip().splitlines()
+    assert lines[-1] == f"error: {message}", result.stderr
+    on_the_other_node = f"error: rank 2 on {socket.gethostname()} failed: {message}"
+    assert lines.count(on_the_other_node) == 1
+    assert ("Traceback" in result.stderr) == (status == 1)
+    assert len([line for line in lines if line.startswith("Traceback")]) <= 1, "one rank's, and not those that waited for it"
+
+
+def test_a_mistake_on_all_ranks_is_said_once_a_node(tmp_path, tiny, data):
+    shutil.copytree(data, tmp_path / "data")
+    flags = [*tiny, f"--data={tmp_path}/data"]
+    train(tmp_path, *flags, "--max_steps=2", ranks=2)
+    message = run(tmp_path, "train_prx.py", *flags, "--seed=1", ranks=2).error()
+    assert "runs/demo has another seed" in message
+
+
+def test_a_rank_that_drifts_by_one_bit_is_named(tmp_path, tiny):
+    # four replicas of one rank each; three agree
+    script = sabotage(tmp_path, 7, [2], FLIP)
+    flags = [*tiny, *FP32, "--save_every=3"]
+    process = start(tmp_path, script, *flags, ranks=4, nodes=4)
+    result = process.wait()
+    assert [p.exitcode for p in process.processes] == [2] * 4
+    last = result.stderr.strip().splitlines()[-1]
+    assert re.match(r"error: (rank \d on \S+ failed: )?at step 9 the weights of rank 2 on \S+ \(model\.\S+\) are not those of its replicas", last)
+    assert last.endswith("the same command continues from runs/demo/checkpoints/step_000006")
+    saved = sorted(os.listdir(tmp_path / "runs/demo/checkpoints"))
+    assert saved == ["step_000003", "step_000006"], "what no longer agrees is not saved"
+    folder = train(tmp_path, *flags, ranks=4, nodes=4)
+    assert list(curve(folder)) == list(range(1, FINISH + 1)), "and without the sabotage the run goes on"
+
+
+def test_of_two_replicas_that_disagree_both_are_named(tmp_path, tiny):
+    script = sabotage(tmp_path, 4, [3], FLIP)
+    result = run(tmp_path, script, *tiny, *FP32, "--save_every=5", ranks=4, nodes=2)
+    last = result.stderr.strip().splitlines()[-1]
+    assert result.status == 2 and set(re.findall(r"rank (\d) on \S+ \(", last)) == {"1", "3"}, last
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Signals, restarts, disks
+
+
+def children(pid: int) -> list[int]:
+    """The processes that `pid` started and that still run."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, parent = stat.read_text().rpartition(")")[2].split()[:2]
+        except OSError:
+            continue
+        if int(parent) == pid and state != "Z":
+            found.append(int(stat.parent.name))
+    return found
+
+
+def test_readers_outlive_a_clusters_signals_and_not_their_rank(tmp_path, tiny):
+    flags = [*tiny, "--workers=2", "--stages=32:200:16:1"]
+    process = start(tmp_path, "train_prx.py", *flags)
+    folder = tmp_path / "runs/demo"
+    process.wait_for_step(folder, 2)
+    trainer = process.processes[0].pid
+    readers = children(trainer)
+    assert len(readers) == 2
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        for reader in readers:
+            os.kill(reader, number)
+    process.wait_for_step(folder, 30)
+    assert children(trainer) == readers
+    process.kill(signal.SIGKILL)
+    deadline = time.monotonic() + 3
+    while any(Path(f"/proc/{reader}").exists() for reader in readers):
+        assert time.monotonic() < deadline, "readers of a killed rank go on, and hold its lock"
+        time.sleep(0.01)
+
+
+PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # so that run.sh finds what runs these tests
+
+
+def launch(cwd: Path, *command: str, **env: str) -> subprocess.Popen:
+    """Start a command in a process group of its own, its output in the files out and err."""
+    files = [(cwd / name).open("a") for name in ("out", "err")]
+    return subprocess.Popen(command, cwd=cwd, env=os.environ | ENV | env, stdout=files[0], stderr=files[1], start_new_session=True)
+
+
+def wait_for(condition, seconds: float = 90):
+    """The first true value of `condition()`."""
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline, "nothing happened"
+        time.sleep(0.02)
+    return found
+
+
+def ranks_of(launcher: subprocess.Popen) -> list[int]:
+    """Process ids of the ranks under a launcher, in order, once there are two."""
+    return wait_for(lambda: sorted(pid for pid in children(launcher.pid) if b"train_prx" in Path(f"/proc/{pid}/cmdline").read_bytes())[1:] and
+                    sorted(pid for pid in children(launcher.pid) if b"train_prx" in Path(f"/proc/{pid}/cmdline").read_bytes()))
+
+
+def last_logged(folder: Path) -> int:
+    """The last step in metrics.jsonl, 0 where there is none."""
+    file = folder / "metrics.jsonl"
+    lines = file.read_text().splitlines() if file.exists() else []
+    return max((json.loads(line)["step"] for line in lines if line.endswith("}")), default=0)
+
+
+def test_torchruns_own_restarts_continue_a_run(tmp_path, tiny, unbroken):
+    flags = [*tiny, *SAVING, "--stages=32:20:16:1", "--resume=never"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=2"]
+    launcher = launch(tmp_path, *torchrun, str(ROOT / "train_prx.py"), *flags)
+    wait_for(lambda: (tmp_path / "runs/try/checkpoints/step_000006").exists())
+    os.kill(ranks_of(launcher)[1], signal.SIGKILL)
+    assert launcher.wait(90) == 0
+    log = (tmp_path / "runs/try/log.txt").read_text()
+    assert re.findall(r"^continuing from step (\d+)$", log, re.MULTILINE) in (["6"], ["12"], ["18"])
+    assert curve(tmp_path / "runs/try").keys() == curve(unbroken).keys()
+    assert not (tmp_path / "runs/try.old-1").exists(), "--resume=never started the run over"
+
+
+def test_run_sh_restarts_after_a_failure_and_stops_politely(tmp_path, tiny, unbroken):
+    # the launcher gets the signal, as from a cluster or from `kill`; its ranks save, and it does not start them again
+    for name in ("run.sh", "requirements.txt", *(file.name for file in ROOT.glob("*.py"))):
+        shutil.copy(ROOT / name, tmp_path)
+    flags = [*tiny, *SAVING, "--stages=32:2000:16:1"]
+    script = launch(tmp_path, "./run.sh", *flags, RESTARTS="2", NPROC_PER_NODE="2", PATH=PATH)
+    folder = tmp_path / "runs/try"
+    wait_for(lambda: (folder / "checkpoints/step_000006").exists())
+    launcher = wait_for(lambda: [pid for pid in children(script.pid) if b"ranks.py" in Path(f"/proc/{pid}/cmdline").read_bytes()])[0]
+    rank = max(pid for pid in children(launcher) if b"train_prx" in Path(f"/proc/{pid}/cmdline").read_bytes())
+    os.kill(rank, signal.SIGKILL)
+    wait_for(lambda: re.search(r"^continuing from step \d+$", (folder / "log.txt").read_text(), re.MULTILINE))
+    errors = (tmp_path / "err").read_text()
+    assert errors.endswith("error: rank 1 was ended by SIGKILL\nstarting again; 1 restarts left\n"), errors
+    assert "Traceback" not in errors
+    step = last_logged(folder)
+    wait_for(lambda: last_logged(folder) > step)
+    script.send_signal(signal.SIGTERM)
+    assert script.wait(60) == 128 + signal.SIGTERM
+    assert (tmp_path / "err").read_text() == errors, "a polite stop is no error"
+    last = last_checkpoint(folder)
+    assert f"stopped by a signal at step {int(last.name.removeprefix('step_'))} of 2000" in (folder / "log.txt").read_text()
+
+
+def test_the_batch_script_of_the_readme_requeues_what_is_not_finished(tmp_path):
+    block = re.search(r"```bash\n(#!/bin/bash\n#SBATCH.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    assert re.search(r"--signal=TERM@\d+", block) and "--requeue" in block
+    (tmp_path / "job.sh").write_text(block)
+    for name, body in (("srun", "exit $STATUS"), ("scontrol", 'echo "$@" >> asked')):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    for status, asked in ((0, False), (2, False), (1, True), (137, True), (143, True)):
+        (tmp_path / "asked").unlink(missing_ok=True)
+        env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "STATUS": str(status), "SLURM_JOB_ID": "7"}
+        subprocess.run(["bash", "job.sh"], cwd=tmp_path, env=env)
+        assert (tmp_path / "asked").exists() == asked, status
+        assert not asked or (tmp_path / "asked").read_text() == "requeue 7\n"
+
+
+def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(tmp_path, tiny):
+    # tests/kills.py does it a hundred times over the demo
+    seen = kill_and_compare(tmp_path, 6, [*tiny, "--stages=32:60:16:1", "--save_every=4", "--ema_every=3"])
+    assert seen["kills"] == 6 and seen["different"] == [], seen
+
+
+def test_every_nth_checkpoint_is_kept_for_good(tmp_path, tiny):
+    folder = train(tmp_path, *tiny, "--save_every=2", "--keep=2", "--keep_every=6", "--max_steps=17")
+    assert sorted(os.listdir(folder / "checkpoints")) == ["step_000006", "step_000012", "step_000016", "step_000017"]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """An empty disk of 9 MB, mounted at runs/."""
+    (tmp_path / "runs").mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=9m", "tmpfs", tmp_path / "runs"], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"mounting a small disk is not allowed here: {mounted.stderr.decode().strip()}")
+    yield tmp_path / "runs"
+    subprocess.run(["umount", "-l", tmp_path / "runs"], check=True)
+
+
+def test_a_full_disk_stops_nothing_and_loses_nothing(tmp_path, tiny, unbroken, small_disk):
+    folder = small_disk / "try"
+    process = start(tmp_path, "train_prx.py", *tiny, *SAVING)
+    wait_for(lambda: (folder / "checkpoints/step_000006").exists())
+    process.kill(signal.SIGSTOP)
+    with (small_disk / "ballast").open("wb", buffering=0) as file:  # not one byte is left
+        with pytest.raises(OSError):
+            while True:
+                file.write(bytes(65536 if os.statvfs(small_disk).f_bfree > 16 else 4096))
+    kept = sorted(os.listdir(folder / "checkpoints"))
+    process.kill(signal.SIGCONT)
+    wait_for(lambda: "WARNING step 18: no checkpoint" in (tmp_path / ".out-0").read_text())
+    assert sorted(os.listdir(folder / "checkpoints")) == kept
+    result = process.wait()
+    assert result.status == 2 and "Traceback" not in result.stderr, result
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: the checkpoint of step 20 could not be written: ") and "(0.0 GB are free on its disk)" in last
+    assert last.endswith(f"make room, and the same command continues from runs/try/checkpoints/{kept[-1]}")
+    (small_disk / "ballast").unlink()
+    train(tmp_path, *tiny, *SAVING)
+    assert_same_end(folder, unbroken)
+
+
+def test_a_disk_that_was_full_gets_the_lines_it_missed(tmp_path, tiny, unbroken, small_disk):
+    folder = small_disk / "try"
+    process = start(tmp_path, "train_prx.py", *tiny, *SAVING, "--stages=32:80:16:1", "--save_every=10")
+    process.wait_for_step(folder, 12)
+    process.kill(signal.SIGSTOP)
+    with (small_disk / "ballast").open("wb", buffering=0) as file:
+        with pytest.raises(OSError):
+            while True:
+                file.write(bytes(65536 if os.statvfs(small_disk).f_bfree > 16 else 4096))
+    process.kill(signal.SIGCONT)
+    wait_for(lambda: "WARNING step" in (tmp_path / ".out-0").read_text())
+    (small_disk / "ballast").unlink()
+    assert process.wait().status == 0
+    assert list(curve(folder)) == list(range(1, 81)), "a line is missing, or cut"
+    log = (folder / "log.txt").read_text()
+    assert re.search(r"^WARNING step \d+: no checkpoint, .* \(0.0 GB are free on its disk\); the last complete one: runs/try/checkpoints/step_", log, re.MULTILINE)
+    assert last_checkpoint(folder).name == "step_000080"
