@@ -254,7 +254,6 @@ def launch(argv: list[str]) -> NoReturn:
 
     for chatty in ("torch.distributed.elastic", "torch.distributed.run"):
         logging.getLogger(chatty).setLevel(logging.CRITICAL)  # reports of every rank, after the message that counts
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # of the ranks: stack traces where a store has ended
     for number in SIGNALS:
         signal.signal(number, pass_on)
     args = torchrun.parse_args(["--signals-to-handle=SIGINT,SIGHUP,SIGQUIT", *argv])

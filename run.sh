@@ -14,6 +14,7 @@ cd "$(dirname "$0")"
 # Two OpenMP threads on two cores wait for each other by spinning; with any other process at work that made sampling six
 # times slower. A short spin costs 7% on a quiet machine.
 export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-1000}
+export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR}  # else stack traces wherever a store ends before its clients
 
 usage() { sed -n '2,10s/^# \{0,1\}//p' run.sh; }
 fail() { echo "error: $*" >&2; exit 2; }

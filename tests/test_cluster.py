@@ -232,10 +232,26 @@ def test_readers_outlive_a_clusters_signals_and_not_their_rank(tmp_path, tiny):
 PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # so that run.sh finds what runs these tests
 
 
+LAUNCHED: list[subprocess.Popen] = []
+
+
 def launch(cwd: Path, *command: str, **env: str) -> subprocess.Popen:
-    """Start a command in a process group of its own, its output in the files out and err."""
-    files = [(cwd / name).open("a") for name in ("out", "err")]
-    return subprocess.Popen(command, cwd=cwd, env=os.environ | ENV | env, stdout=files[0], stderr=files[1], start_new_session=True)
+    """Start a command, its output in the files out and err."""
+    with (cwd / "out").open("a") as out, (cwd / "err").open("a") as err:
+        LAUNCHED.append(subprocess.Popen(command, cwd=cwd, env=os.environ | ENV | env, stdout=out, stderr=err))
+    return LAUNCHED[-1]
+
+
+@pytest.fixture(autouse=True)
+def no_rank_left_running():
+    """Launchers that a failed test did not wait for are ended, with all that they started."""
+    yield
+    ending = [process.pid for process in LAUNCHED if process.poll() is None]
+    while ending:
+        pid = ending.pop()
+        ending += children(pid)
+        os.kill(pid, signal.SIGKILL)
+    LAUNCHED.clear()
 
 
 def wait_for(condition, seconds: float = 90):
@@ -247,10 +263,14 @@ def wait_for(condition, seconds: float = 90):
     return found
 
 
-def ranks_of(launcher: subprocess.Popen) -> list[int]:
-    """Process ids of the ranks under a launcher, in order, once there are two."""
-    return wait_for(lambda: sorted(pid for pid in children(launcher.pid) if b"train_prx" in Path(f"/proc/{pid}/cmdline").read_bytes())[1:] and
-                    sorted(pid for pid in children(launcher.pid) if b"train_prx" in Path(f"/proc/{pid}/cmdline").read_bytes()))
+@pytest.fixture(scope="module")
+def one_rank_of_tiny(tmp_path_factory, tiny) -> Path:
+    return train(tmp_path_factory.mktemp("one_rank_of_tiny"), *tiny, *FP32)
+
+
+def find_child(pid: int, script: str) -> int:
+    """The youngest process under `pid` that runs the given script: of ranks, the last."""
+    return max(child for child in children(pid) if script.encode() in Path(f"/proc/{child}/cmdline").read_bytes())
 
 
 def last_logged(folder: Path) -> int:
@@ -265,7 +285,7 @@ def test_torchruns_own_restarts_continue_a_run(tmp_path, tiny, unbroken):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=2"]
     launcher = launch(tmp_path, *torchrun, str(ROOT / "train_prx.py"), *flags)
     wait_for(lambda: (tmp_path / "runs/try/checkpoints/step_000006").exists())
-    os.kill(ranks_of(launcher)[1], signal.SIGKILL)
+    os.kill(find_child(launcher.pid, "train_prx.py"), signal.SIGKILL)
     assert launcher.wait(90) == 0
     log = (tmp_path / "runs/try/log.txt").read_text()
     assert re.findall(r"^continuing from step (\d+)$", log, re.MULTILINE) in (["6"], ["12"], ["18"])
@@ -273,17 +293,22 @@ def test_torchruns_own_restarts_continue_a_run(tmp_path, tiny, unbroken):
     assert not (tmp_path / "runs/try.old-1").exists(), "--resume=never started the run over"
 
 
-def test_run_sh_restarts_after_a_failure_and_stops_politely(tmp_path, tiny, unbroken):
-    # the launcher gets the signal, as from a cluster or from `kill`; its ranks save, and it does not start them again
+@pytest.fixture
+def checkout(tmp_path) -> Path:
+    """A copy of the project in which run.sh makes runs/."""
     for name in ("run.sh", "requirements.txt", *(file.name for file in ROOT.glob("*.py"))):
         shutil.copy(ROOT / name, tmp_path)
+    return tmp_path
+
+
+def test_run_sh_restarts_after_a_failure_and_stops_politely(checkout, tiny):
+    # the launcher gets the signal, as from a cluster or from `kill`; its ranks save, and it does not start them again
+    tmp_path = checkout
     flags = [*tiny, *SAVING, "--stages=32:2000:16:1"]
     script = launch(tmp_path, "./run.sh", *flags, RESTARTS="2", NPROC_PER_NODE="2", PATH=PATH)
     folder = tmp_path / "runs/try"
     wait_for(lambda: (folder / "checkpoints/step_000006").exists())
-    launcher = wait_for(lambda: [pid for pid in children(script.pid) if b"ranks.py" in Path(f"/proc/{pid}/cmdline").read_bytes()])[0]
-    rank = max(pid for pid in children(launcher) if b"train_prx" in Path(f"/proc/{pid}/cmdline").read_bytes())
-    os.kill(rank, signal.SIGKILL)
+    os.kill(find_child(find_child(script.pid, "ranks.py"), "train_prx.py"), signal.SIGKILL)
     wait_for(lambda: re.search(r"^continuing from step \d+$", (folder / "log.txt").read_text(), re.MULTILINE))
     errors = (tmp_path / "err").read_text()
     assert errors.endswith("error: rank 1 was ended by SIGKILL\nstarting again; 1 restarts left\n"), errors
@@ -374,3 +399,63 @@ def test_a_disk_that_was_full_gets_the_lines_it_missed(tmp_path, tiny, unbroken,
     log = (folder / "log.txt").read_text()
     assert re.search(r"^WARNING step \d+: no checkpoint, .* \(0.0 GB are free on its disk\); the last complete one: runs/try/checkpoints/step_", log, re.MULTILINE)
     assert last_checkpoint(folder).name == "step_000080"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Two nodes
+
+
+@pytest.fixture
+def two_nodes():
+    """Two network namespaces, node-0 at 10.77.0.1 and node-1 at 10.77.0.2, with one cable between them."""
+    def ip(*words: str) -> subprocess.CompletedProcess:
+        return subprocess.run(["ip", *words], capture_output=True, text=True)
+
+    names = [f"node-{k}-{os.getpid()}" for k in (0, 1)]
+    try:
+        made = [ip("netns", "add", name) for name in names]
+        made.append(ip("link", "add", "eth", "netns", names[0], "type", "veth", "peer", "name", "eth", "netns", names[1]))
+    except FileNotFoundError:
+        pytest.skip("there is no `ip` (Debian: iproute2) to make network namespaces with")
+    if any(result.returncode for result in made):
+        for name in names:
+            ip("netns", "del", name)
+        pytest.skip(f"network namespaces are not allowed here: {' '.join(result.stderr.strip() for result in made)}")
+    for k, name in enumerate(names):
+        ip("-n", name, "addr", "add", f"10.77.0.{k + 1}/24", "dev", "eth")
+        ip("-n", name, "link", "set", "lo", "up")
+        ip("-n", name, "link", "set", "eth", "up")
+    yield names, ip
+    for name in names:
+        ip("netns", "del", name)
+
+
+def test_two_nodes_train_stop_when_cut_apart_and_continue(checkout, tiny, one_rank_of_tiny, two_nodes):
+    names, ip = two_nodes
+    folder = checkout / "runs/demo"
+
+    def command() -> list[subprocess.Popen]:
+        """The README's line on each node."""
+        return [launch(checkout, "ip", "netns", "exec", name, "./run.sh", *tiny, *FP32, "--save_every=3", PATH=PATH, NNODES="2",
+                       NODE_RANK=str(k), MASTER_ADDR="10.77.0.1", NPROC_PER_NODE="2", GLOO_SOCKET_IFNAME="eth")
+                for k, name in enumerate(names)]
+
+    nodes = command()
+    wait_for(lambda: (folder / "checkpoints/step_000003").exists())
+    ip("-n", names[1], "link", "set", "eth", "down")
+    cut = time.monotonic()
+    assert [node.wait(120) for node in nodes] == [1, 1]
+    assert time.monotonic() - cut < 120
+    errors = (checkout / "err").read_text()
+    host = socket.gethostname()
+    assert f"error: lost contact with rank 2 on {host}, rank 3 on {host}: silent for 60 s" in errors
+    assert "error: lost contact with the first node, 10.77.0.1:29500, silent for 60 s" in errors
+    assert "Traceback" not in errors and "the same command continues from the last checkpoint" in errors
+    stopped_at = last_logged(folder)
+    assert stopped_at < FINISH, "the run was over before the cut"
+
+    ip("-n", names[1], "link", "set", "eth", "up")
+    assert [node.wait(120) for node in command()] == [0, 0]
+    log = (folder / "log.txt").read_text()
+    assert re.search(r"^continuing from step \d+$", log, re.MULTILINE) and "\n4 x " in log
+    assert_same_curve(one_rank_of_tiny, folder)

@@ -461,16 +461,20 @@ poisoned = {{train_prx.tag_seed(0, step, chunk) for step, chunk in {chunks!r}}}
 
 def training_loss(model, frozen, batch, cfg, stage, generator):
     loss, terms = honest(model, frozen, batch, cfg, stage, generator)
-    return (loss * float("nan") if generator.initial_seed() in poisoned else loss), terms
+    return ({poison} if generator.initial_seed() in poisoned else loss), terms
 
 train_prx.training_loss = training_loss
 train_prx.run_main(train_prx.main)
 """
 
 
-def poison(cwd: Path, chunks: list[tuple[int, int]]) -> Path:
-    """A script that trains with a NaN loss in the given (step, chunk)."""
-    (cwd / "poison.py").write_text(POISON.format(root=str(ROOT), chunks=chunks))
+POISONS = {"a NaN loss": "loss * float('nan')", "an infinite loss whose gradient is finite": "loss + float('inf')",
+           "a NaN gradient of a finite loss": "loss + (0 * loss).sqrt()"}
+
+
+def poison(cwd: Path, chunks: list[tuple[int, int]], kind: str = "a NaN loss") -> Path:
+    """A script that trains with one of POISONS in the given (step, chunk)."""
+    (cwd / "poison.py").write_text(POISON.format(root=str(ROOT), chunks=chunks, poison=POISONS[kind]))
     return cwd / "poison.py"
 
 
@@ -478,9 +482,10 @@ def groups(tensors: dict, *names: str) -> dict:
     return {name: tensor for name, tensor in tensors.items() if name.split(".")[0] in names}
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_a_step_with_one_bad_chunk_is_skipped_on_every_rank_and_counted(tmp_path, tiny, ranks):
-    script = poison(tmp_path, [(4, 3), (6, 0)])
+@pytest.mark.parametrize("ranks, kind", [(1, "a NaN loss"), (2, "a NaN loss"), (2, "an infinite loss whose gradient is finite"),
+                                         (2, "a NaN gradient of a finite loss")])
+def test_a_step_with_one_bad_chunk_is_skipped_on_every_rank_and_counted(tmp_path, tiny, ranks, kind):
+    script = poison(tmp_path, [(4, 3), (6, 0)], kind)
     flags = [*tiny, *FP32, "--ema_every=100", "--save_every=1", "--keep=99", "--max_steps=8"]
     assert run(tmp_path, script, *flags, ranks=ranks).status == 0
     folder = tmp_path / "runs/demo"
@@ -495,6 +500,7 @@ def test_a_step_with_one_bad_chunk_is_skipped_on_every_rank_and_counted(tmp_path
             assert len(changed) > 0.9 * (len(trained[n]) - len(unused))
     assert [int(saved[n]["progress.skipped"]) for n in range(4, 9)] == [0, 1, 1, 2, 2]
     assert [line["skipped"] for line in metrics(folder) if "loss" in line] == [0, 0, 0, 0, 1, 1, 2, 2]
+    assert "NaN" not in (folder / "metrics.jsonl").read_text(), "JSON has no NaN"
     assert re.search(r"^step 8/8 .* skipped 2$", (folder / "log.txt").read_text(), re.MULTILINE)
 
 
