@@ -3,7 +3,8 @@ on one rank does; a mistake is answered with one line and changes nothing; the l
 
     pytest tests/test_run.py
 
-Runs are forked by conftest.py; what is claimed of torchrun and of a bare `python` is tested with those.
+Runs are forked by conftest.py; what is claimed of a bare `python` is tested with that. Nodes, launchers and what clusters
+do are in test_cluster.py.
 """
 import hashlib
 import importlib
@@ -234,22 +235,6 @@ def assert_same_curve(one: Path, other: Path) -> None:
     assert curve(one).keys() == curve(other).keys() == set(range(1, FINISH + 1))
     assert curve(other) == pytest.approx(curve(one), rel=0, abs=1e-5)
     assert curve(other, "grad_norm") == pytest.approx(curve(one, "grad_norm"), rel=1e-4)
-
-
-def test_torchrun_with_two_processes_gives_the_curve_of_one(tmp_path, tiny, one_rank):
-    # so 2 ranks x 2 chunks are one rank's 4 chunks: a sum in place of a mean would show in the norm
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train_prx.py"]
-    subprocess.run([*command, *tiny, *FP32], cwd=tmp_path, env=os.environ | ENV, check=True, capture_output=True)
-    assert_same_curve(one_rank, tmp_path / "runs/demo")
-    assert "\n2 x " in (tmp_path / "runs/demo/log.txt").read_text()
-
-
-@pytest.mark.parametrize("first, then", [(1, 2), (4, 1)])
-def test_another_number_of_ranks_continues_the_curve(tmp_path, tiny, one_rank, first, then):
-    train(tmp_path, *tiny, *FP32, "--max_steps=10", ranks=first)
-    folder = train(tmp_path, *tiny, *FP32, ranks=then)
-    assert "\ncontinuing from step 10\n" in (folder / "log.txt").read_text()
-    assert_same_curve(one_rank, folder)
 
 
 def test_a_signal_to_one_rank_stops_all(tmp_path, tiny, one_rank):
