@@ -160,12 +160,13 @@ class RunFolder:
         return str(checkpoint) if checkpoint else None
 
     def save(self, state: dict, step: int) -> None:
-        """Copy `state` to the host's memory and begin to write it; waits for the checkpoint before it, if that is not done.
+        """Copy `state` to the host's memory and begin to write it, once the checkpoint before it is done on all ranks.
 
         Weights, averaged weights, optimizer state and progress are in `state`; the seed and the position in the data
         follow from the config and the step, which run.json holds. Collective.
         """
         self.wait()
+        dist.barrier(self.group)  # has more patience than training's collectives, in which others would wait for rank 0
         aside = self.path / "checkpoints" / f".step_{step:06d}.partial"
         upload = dcp.async_save(state, checkpoint_id=aside, process_group=self.group)
         self.pending = self.writer.submit(self._complete, upload, aside, step)

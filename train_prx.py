@@ -200,7 +200,8 @@ CHOICES = {
     "frozen": ("pretrained", "scene", "random", "none"), "device": ("auto", "cpu", "cuda"), "precision": ("bf16", "fp32"),
     "guidance": ("self", "cfg", "none"), "lr_decay": ("none", "linear"),
 }
-NOT_IDENTITY = {"max_steps", "device", "workers", "log_every", "eval_every", "sample_every", "save_every", "keep", "keep_every", "price"}
+NOT_IDENTITY = {"max_steps", "device", "workers", "log_every", "eval_every", "sample_every", "save_every", "keep", "keep_every",
+                "price"}
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -1196,8 +1197,8 @@ def train_step(model: PRX, optimizer: Muon, ema: EMA, frozen: Frozen, batches: I
                stage: Stage, step: int, watched: dict[str, list[Tensor]]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Step `step` (0-based) of the run on this rank's chunks, which are the next of `batches`.
 
-    Returns, all on the device and averaged over nothing but the chunks: loss, `term_names` and the gradient norm [K]; ok, 0
-    where the step was skipped; squared norms of the `watched` parameters' local gradients, weights and updates, by name.
+    Returns, all on the device: the loss, its terms and the gradient norm [K], means over this rank's chunks; ok, 0 where the
+    step was skipped; by name, squared norms of this rank's part of the `watched` parameters, their gradients and updates.
     """
     mine = stage.global_batch // cfg.micro_batch // dist.get_world_size()  # chunks of a step that this rank runs
     values = 0.0
@@ -1497,7 +1498,7 @@ def train(cfg: Config, resume: str, device: torch.device, mesh: DeviceMesh, watc
             if closing:
                 windows.append((step, stage, time.perf_counter() - started, meter.close(bool(signals), norms)))
                 # A GPU's window is read at the end of the next, when it has long arrived: the step never waits
-                while len(windows) > (1 if device.type == "cuda" and not pause else 0):
+                while len(windows) > (device.type == "cuda" and not pause and not stop):
                     *when, read = windows.pop(0)
                     window = read()
                     report(*when, window)
@@ -1559,7 +1560,8 @@ def main(argv: list[str]) -> None:
     gc.collect()  # model and gradients first: gloo processes otherwise sometimes abort after success
     dist.barrier()
     dist.destroy_process_group()
-    sys.exit(0 if finished else ranks.STOPPED)
+    if not finished:
+        sys.exit(ranks.STOPPED)
 
 
 if __name__ == "__main__":

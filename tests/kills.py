@@ -19,7 +19,7 @@ from pathlib import Path
 from conftest import Running, checkpoint_tensors, curve, different, last_checkpoint, run, start
 from tqdm import tqdm
 
-from train_prx import Parser, UserError, run_main
+from train_prx import SOURCE_HASH, Parser, UserError, run_main
 
 DEMO = ["--preset=demo", "--device=cpu", "--compile=0", "--log_every=1", "--save_every=20", "--eval_every=0", "--sample_every=0"]
 DAY = 24 * 3600.0
@@ -51,7 +51,7 @@ def kill_and_compare(cwd: Path, kills: int, flags: list[str], seed: int = 0) -> 
     assert run(cwd, "train_prx.py", *flags, "--name=whole", patience=DAY).status == 0
     whole, broken = cwd / "runs/whole", cwd / "runs/broken"
     steps = max(curve(whole))
-    seen = {"steps": steps, "seconds_undisturbed": round(time.monotonic() - began), "kills": 0, "kills_while_a_checkpoint_was_written": 0,
+    seen = {"source": SOURCE_HASH[:12], "steps": steps, "seconds_undisturbed": round(time.monotonic() - began), "kills": 0, "kills_while_a_checkpoint_was_written": 0,
             "kills_before_the_first_checkpoint": 0, "steps_done_again": 0}
     began = time.monotonic()
     for k in tqdm(range(kills + 1), unit=" attempts", disable=None):
