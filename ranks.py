@@ -252,8 +252,7 @@ def launch(argv: list[str]) -> NoReturn:
     """torchrun with the given arguments, once more after each failure up to its --max-restarts."""
     from torch.distributed import run as torchrun
 
-    for chatty in ("torch.distributed.elastic", "torch.distributed.run"):
-        logging.getLogger(chatty).setLevel(logging.CRITICAL)  # reports of every rank, after the message that counts
+    logging.disable(logging.ERROR)  # torchrun's reports of every rank, after the message that counts
     for number in SIGNALS:
         signal.signal(number, pass_on)
     args = torchrun.parse_args(["--signals-to-handle=SIGINT,SIGHUP,SIGQUIT", *argv])
