@@ -195,8 +195,8 @@ class Watch:
         for name, beat in zip(names, self.store.multi_get([f"beat {rank}" for rank in range(world)])):
             if self.heard.get(name, (b"",))[0] != beat:
                 self.heard[name] = beat, now
-        silent = [name.decode() for name, (_, since) in self.heard.items() if now - since > SILENCE]
-        if silent:
+        if any(now - since > SILENCE for _, since in self.heard.values()):
+            silent = [name.decode() for name, (_, since) in self.heard.items() if now - since > SILENCE / 2]  # others of its node
             self.fail(1, f"lost contact with {', '.join(silent)}: silent for {SILENCE:.0f} s, so the process, the machine or the "
                          "network is gone; the same command continues from the last checkpoint")
 
