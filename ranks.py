@@ -18,9 +18,9 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -32,6 +32,8 @@ from torch.distributed.tensor import DTensor
 
 from shards import UserError
 
+T = TypeVar("T")
+
 PATIENCE = datetime.timedelta(minutes=30)  # of a collective while weights are downloaded and blocks compile
 TIMEOUT = datetime.timedelta(seconds=90)  # of a collective once steps are taken
 SILENCE = 60.0  # seconds without a sign of life until a rank counts as lost; less than TIMEOUT, whose messages say less
@@ -40,6 +42,7 @@ PULSE = 0.5  # seconds between signs of life
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # what clusters send before they take a machine away
 STOPPED = 128 + signal.SIGTERM  # exit status of a run that has saved because of one of them
 MISTAKE = 2  # exit status of a UserError
+CONTINUES = "the same command continues from the last checkpoint"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -48,10 +51,10 @@ MISTAKE = 2  # exit status of a UserError
 
 def join(use_cuda: bool) -> tuple[torch.device, DeviceMesh]:
     """This rank's device and the mesh of all ranks, (nodes, GPUs a node) or (GPUs,): torchrun's environment, or one rank alone."""
-    world, a_node = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_WORLD_SIZE", 0))
-    a_node = a_node or world
-    if world % a_node:
-        raise UserError(f"{world} ranks in all, but {a_node} on this node: every node must start equally many")
+    world, per_node = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_WORLD_SIZE", 0))
+    per_node = per_node or world
+    if world % per_node:
+        raise UserError(f"{world} ranks in all, but {per_node} on this node: every node must start equally many")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if use_cuda else torch.device("cpu")
     if use_cuda:
         torch.cuda.set_device(device)
@@ -59,8 +62,8 @@ def join(use_cuda: bool) -> tuple[torch.device, DeviceMesh]:
     rank = int(os.environ.get("RANK", 0))
     store = open_store("join", serve=rank == 0) if "RANK" in os.environ else dist.HashStore()
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=PATIENCE)
-    if world > a_node:
-        return device, init_device_mesh(device.type, (world // a_node, a_node), mesh_dim_names=("replicate", "shard"))
+    if world > per_node:
+        return device, init_device_mesh(device.type, (world // per_node, per_node), mesh_dim_names=("replicate", "shard"))
     return device, init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
 
 
@@ -82,14 +85,22 @@ def set_timeout(timeout: datetime.timedelta, mesh: DeviceMesh) -> None:
         set_group_timeout(timeout, group)
 
 
-def from_rank_0(make) -> object:
-    """What `make()` returns on rank 0, on every rank; a UserError that it raises there is raised everywhere."""
+def restarted() -> bool:
+    """Whether this process runs because an earlier one of the same command failed or was moved."""
+    counts = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT", "RANKS_RESTART_COUNT")
+    return any(int(os.environ.get(count, 0)) > 0 for count in counts)
+
+
+def from_rank_0(make: Callable[[], T]) -> T:
+    """What `make()` returns on rank 0, on every rank; a UserError or OSError there is a UserError everywhere."""
     box = [None, None]
     if dist.get_rank() == 0:
         try:
             box[0] = make()
         except UserError as error:
             box[1] = str(error)
+        except OSError as error:
+            box[1] = f"{error.filename}: {error.strerror}"
     dist.broadcast_object_list(box)
     if box[1] is not None:
         raise UserError(box[1])
@@ -123,7 +134,7 @@ def drifted_ranks(tensors: dict[str, Tensor], mesh: DeviceMesh) -> dict[int, str
 # Failing as one
 
 
-def end(status: int, message: str = "") -> NoReturn:
+def leave(status: int, message: str = "") -> NoReturn:
     """End this process at once. An orderly exit would wait for collectives that the other ranks never join."""
     sys.stdout.flush()
     if message:
@@ -140,14 +151,14 @@ class Watch:
     there when a network is cut; the other only looks at the clock.
     """
 
-    def __init__(self):
-        self.rank, self.a_node = int(os.environ["RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    def __init__(self, per_node: int):
+        self.rank, self.world, self.per_node = dist.get_rank(), dist.get_world_size(), per_node
         self.first_node = f"the first node, {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']},"
         self.store = open_store("watch")
         self.store.set(f"name {self.rank}", f"rank {self.rank} on {socket.gethostname()}")
         self.over = threading.Event()
-        self.stepping = threading.Event()  # silence only counts from then on: before, a rank may be busy for minutes
-        self.heard: dict[str, tuple[bytes, float]] = {}  # on rank 0: a rank's last sign of life, and since when
+        self.stepping = threading.Event()  # before that, a rank may be busy for minutes
+        self.heard: dict[str, tuple[bytes, float]] = {}  # a rank's last sign of life, and since when
         self.last_contact = time.monotonic()
         for loop in (self._talk, self._look_at_the_clock):
             threading.Thread(target=loop, daemon=True).start()
@@ -155,21 +166,24 @@ class Watch:
     def fail(self, status: int, message: str) -> None:
         """Let every rank end with `message`; only the first call of all ranks counts."""
         failure = json.dumps({"rank": self.rank, "status": status, "message": message})
-        self.store.compare_set("failure", "", failure)
-        self.follow()
+        try:
+            self.store.compare_set("failure", "", failure)
+            self.follow()
+        except dist.DistError:  # the store has gone with its rank
+            leave(status, message)
 
     def follow(self) -> None:
         """End as the failure in the store says: the rank that failed, and one of each other node, print it."""
         failure = json.loads(self.store.get("failure"))
         self.over.set()
-        here = self.rank // self.a_node == failure["rank"] // self.a_node
-        if not here and self.rank % self.a_node == 0:
+        here = self.rank // self.per_node == failure["rank"] // self.per_node
+        if not here and self.rank % self.per_node == 0:
             print(f"error: {self.name(failure['rank'])} failed: {failure['message']}", file=sys.stderr)
         time.sleep(4 * PULSE)  # the store may end with this process: until then every rank has read it
         if failure["rank"] == self.rank:
-            time.sleep(2 * PULSE)  # so that its message comes last
-            end(failure["status"], failure["message"])
-        end(failure["status"])
+            leave(failure["status"], failure["message"])
+        time.sleep(2 * PULSE)  # a launcher ends all ranks once one has: first goes the one with the message, which is the last
+        leave(failure["status"])
 
     def name(self, rank: int) -> str:
         """"rank 3 on node-b"."""
@@ -182,39 +196,46 @@ class Watch:
                 self.store.set(f"beat {self.rank}", str(beat := beat + 1))
                 if self.store.check(["failure"]):
                     self.follow()
-                if self.rank == 0 and self.stepping.is_set():
-                    self._listen()
+                self._listen()
             except dist.DistError:
                 if not self.over.wait(6 * PULSE):  # a rank that ends for a reason of its own comes first
-                    end(1, f"lost contact with {self.first_node} which has ended; the same command continues from the last checkpoint")
+                    leave(1, f"lost contact with {self.first_node} which has ended; {CONTINUES}")
             self.last_contact = time.monotonic()
 
     def _listen(self) -> None:
-        now, world = time.monotonic(), int(os.environ["WORLD_SIZE"])
-        names = self.store.multi_get([f"name {rank}" for rank in range(world)])
-        for name, beat in zip(names, self.store.multi_get([f"beat {rank}" for rank in range(world)])):
+        now, others = time.monotonic(), range(1, self.world) if self.rank == 0 else [0]
+        beats = [f"beat {rank}" for rank in others]
+        if not self.store.check(beats):  # some have only just joined, and to get what is not there would wait
+            return
+        names = self.store.multi_get([f"name {rank}" for rank in others])
+        for name, beat in zip(names, self.store.multi_get(beats)):
             if self.heard.get(name, (b"",))[0] != beat:
                 self.heard[name] = beat, now
-        if any(now - since > SILENCE for _, since in self.heard.values()):
-            silent = [name.decode() for name, (_, since) in self.heard.items() if now - since > SILENCE / 2]  # others of its node
-            self.fail(1, f"lost contact with {', '.join(silent)}: silent for {SILENCE:.0f} s, so the process, the machine or the "
-                         "network is gone; the same command continues from the last checkpoint")
+        patience = self.patience()
+        if any(now - since > patience for _, since in self.heard.values()):
+            silent = [name.decode() for name, (_, since) in self.heard.items() if now - since > patience / 2]  # others of its node
+            self.fail(1, f"lost contact with {', '.join(silent)}: silent for {patience:.0f} s, so the process, the machine or the "
+                         f"network is gone; {CONTINUES}")
+
+    def patience(self) -> float:
+        return SILENCE if self.stepping.is_set() else 10 * SILENCE
 
     def _look_at_the_clock(self) -> None:
         while not self.over.wait(PULSE):
-            if self.stepping.is_set() and time.monotonic() - self.last_contact > SILENCE:
-                end(1, f"lost contact with {self.first_node} silent for {SILENCE:.0f} s; the same command continues from the last checkpoint")
+            if time.monotonic() - self.last_contact > self.patience():
+                leave(1, f"lost contact with {self.first_node} silent for {self.patience():.0f} s; {CONTINUES}")
 
 
 def lost_contact(error: BaseException) -> bool:
     """Whether an exception only says that another rank has gone."""
-    return isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and "gloo" in str(error)
+    of_gloo = isinstance(error, RuntimeError) and re.search("gloo|Application timeout", str(error))
+    return isinstance(error, dist.DistError) or bool(of_gloo)
 
 
 @contextlib.contextmanager
-def together() -> Iterator[Watch | None]:
+def together(mesh: DeviceMesh) -> Iterator[Watch | None]:
     """Within this context one rank's exception ends all ranks within seconds, and its message is the last that is printed."""
-    watch = Watch() if int(os.environ.get("WORLD_SIZE", 1)) > 1 else None
+    watch = Watch(mesh.shape[-1]) if mesh.size() > 1 else None
     try:
         yield watch
     except Exception as error:
@@ -224,7 +245,7 @@ def together() -> Iterator[Watch | None]:
         if lost_contact(error):
             time.sleep(6 * PULSE)  # for the one that has gone, if it can still say why
             reason = re.sub(r"^\[\S+\] ", "", reason.splitlines()[0]).split(". ")[0]  # gloo's file and line, and its advice
-            reason = f"lost contact with another rank ({reason}); the same command continues from the last checkpoint"
+            reason = f"lost contact with another rank ({reason}); {CONTINUES}"
         elif not isinstance(error, UserError):
             traceback.print_exc()
             get_error_handler().record_exception(error)  # for torchrun's own report
@@ -239,8 +260,12 @@ def together() -> Iterator[Watch | None]:
 # Launching
 
 
+STOPPING: list[int] = []  # signals that the launcher has got
+
+
 def pass_on(number: int, frame) -> None:
     """Send a signal that this process got to those that it started."""
+    STOPPING.append(number)
     for file in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):  # it has ended meanwhile
             pid, parent = int(file.parent.name), int(file.read_text().rpartition(")")[2].split()[1])
@@ -266,13 +291,16 @@ def launch(argv: list[str]) -> NoReturn:
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()
         status = failure.exitcode if failure.exitcode >= 0 else 128 - failure.exitcode
-        if failure.exitcode < 0 and status != STOPPED:
+        if STOPPING and status != MISTAKE:
+            sys.exit(STOPPED)  # also where a signal came before a rank was ready for it
+        if failure.exitcode < 0:
             print(f"error: rank {rank} was ended by {signal.Signals(-failure.exitcode).name}", file=sys.stderr)
         if restarts == 0 or status in (MISTAKE, STOPPED):
             sys.exit(status)
         restarts -= 1
         print(f"starting again; {restarts} restarts left", file=sys.stderr)
-        args.training_script_args = [flag for flag in args.training_script_args if flag != "--resume=never"]
+        os.environ["RANKS_RESTART_COUNT"] = "1"
+        args.master_port += 1  # on several nodes: not the store of the attempt before, which another may still be leaving
 
 
 if __name__ == "__main__":

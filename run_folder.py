@@ -24,12 +24,12 @@ import torch.distributed.checkpoint as dcp
 from PIL import Image
 from torch import Tensor
 
-from ranks import from_rank_0
+from ranks import from_rank_0, restarted
 from shards import UserError
 
 DAMAGED = "checkpoint {} is damaged: delete it, and the same command continues from the one before"
 OPTIONS = "choose another --name, start over with --resume=never, or continue on purpose with --resume=PATH"
-CANNOT_SAVE = (OSError, RuntimeError, dcp.api.CheckpointException)  # a full disk comes as any of these
+CANNOT_SAVE = (OSError, RuntimeError, safetensors.SafetensorError, dcp.api.CheckpointException)  # a full disk comes as any of these
 
 
 def checkpoints_of(run: Path) -> list[Path]:
@@ -51,9 +51,9 @@ def find_resume(run: Path, resume: str, identity: dict, free: set[str], end: int
             path = checkpoints_of(path)[-1]
         if not checkpoints_of(run) or path.resolve() == checkpoints_of(run)[-1].resolve():
             return path
-        if path.resolve().is_relative_to(run.resolve()):
+        if path.resolve().is_relative_to(run.resolve()) and not restarted():
             raise UserError(f"--resume={resume}: {run} has later checkpoints, which this would lose; choose another --name")
-    if resume == "never" or not checkpoints_of(run):
+    if resume == "never" and not restarted() or not checkpoints_of(run):
         return None
     last = checkpoints_of(run)[-1]
     try:
@@ -138,7 +138,6 @@ class RunFolder:
         self.trouble: str | None = None  # why the last checkpoint was not written
 
     def _open(self, resume: str, free: set[str], end: int) -> str | None:
-        checkpoint = find_resume(self.path, resume, self.identity, free, end)
         try:
             self.path.parent.mkdir(exist_ok=True)
         except FileExistsError:
@@ -148,7 +147,8 @@ class RunFolder:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UserError(f"another process is training {self.path}; choose another --name") from None
-        if resume == "never" and self.path.exists():
+        checkpoint = find_resume(self.path, resume, self.identity, free, end)
+        if resume == "never" and self.path.exists() and not restarted():
             n = 1
             while self.path.with_name(f"{self.path.name}.old-{n}").exists():
                 n += 1
@@ -166,7 +166,6 @@ class RunFolder:
         follow from the config and the step, which run.json holds. Collective.
         """
         self.wait()
-        dist.barrier(self.group)  # has more patience than training's collectives, in which others would wait for rank 0
         aside = self.path / "checkpoints" / f".step_{step:06d}.partial"
         upload = dcp.async_save(state, checkpoint_id=aside, process_group=self.group)
         self.pending = self.writer.submit(self._complete, upload, aside, step)
@@ -184,14 +183,14 @@ class RunFolder:
         return str((checkpoints_of(self.path) or ["none"])[-1])
 
     def wait(self) -> None:
-        """Return when this rank's part of the last checkpoint is written, or could not be: then `trouble` says why."""
+        """Return when the last checkpoint is complete, or cannot be: then `trouble` says why, on every rank."""
         if self.pending is not None:
             self.pending.result()
             self.pending = None
 
     def _complete(self, upload: Future, aside: Path, step: int) -> None:
         """When all ranks have written: complete the folder, rename it into its place, delete what is too old."""
-        ema = self.path / "ema.partial"
+        ema = aside / "ema.safetensors"
         try:
             upload.result()
             if dist.get_rank() == 0:
@@ -207,16 +206,21 @@ class RunFolder:
                 os.replace(aside, final)
                 for old in checkpoints_of(self.path)[: -self.keep]:
                     if not (self.keep_every and int(old.name.removeprefix("step_")) % self.keep_every == 0):
-                        shutil.rmtree(old, ignore_errors=True)
+                        going = old.with_name(f".{old.name}.partial")  # what is half deleted is no checkpoint
+                        os.replace(old, going)
+                        shutil.rmtree(going, ignore_errors=True)
             self.trouble = None
         except CANNOT_SAVE as error:
             causes = [cause for cause, _ in error.failures.values()] if isinstance(error, dcp.api.CheckpointException) else [error]
             free = shutil.disk_usage(self.path).free  # torch hides a full disk behind messages of its own
-            self.trouble = f"{str(causes[0]).splitlines()[0]} ({free / 1e9:.1f} GB are free on its disk)"
+            self.trouble = f"{(str(causes[0]) or type(causes[0]).__name__).splitlines()[0]} ({free / 1e9:.1f} GB are free on its disk)"
             if dist.get_rank() == 0:
                 shutil.rmtree(aside, ignore_errors=True)
-                ema.unlink(missing_ok=True)
                 self.log.write(f"WARNING step {step}: no checkpoint, {self.trouble}; the last complete one: {self.last()}")
+        # What follows waits for all ranks here, where patience is long, and not in a collective of training's
+        told = [self.trouble]
+        dist.broadcast_object_list(told, group=self.group)
+        self.trouble = told[0]
 
 
 class Log:
@@ -232,8 +236,11 @@ class Log:
         if self.is_main and self.json.exists():
             lines = [line for line in self.json.read_text().splitlines() if line.endswith("}")]  # the last may be cut
             kept = [line for line in lines if json.loads(line)["step"] <= step]
-            self.json.with_suffix(".partial").write_text("".join(line + "\n" for line in kept))
-            os.replace(self.json.with_suffix(".partial"), self.json)
+            try:
+                self.json.with_suffix(".partial").write_text("".join(line + "\n" for line in kept))
+                os.replace(self.json.with_suffix(".partial"), self.json)
+            except OSError as error:
+                raise UserError(f"cannot write {self.json}: {error.strerror}") from None
 
     def write(self, text: str, console: bool = True) -> None:
         """A line of log.txt, and of the console."""

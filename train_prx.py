@@ -1284,7 +1284,7 @@ def sample_grid(model: PRX, prompts: list[str], encode_text: TextEncoder, cfg: C
 class Window(NamedTuple):
     """A log window, once its numbers have arrived on the host."""
 
-    means: dict[str, float]  # by name, of the steps that were not skipped
+    means: dict[str, float]  # by name, of the steps that were not skipped; empty where all were
     norms: dict[str, float]  # of the last step, by name
     skipped: int  # steps
     in_a_row: int  # most skipped steps in a row, counted from before the window
@@ -1329,7 +1329,8 @@ class Meter:
             if arrived is not None:
                 arrived.synchronize()
             *sums, skipped, in_a_row, stops = host[: -len(norms)].tolist()
-            means = {name: total / max(1, steps - round(skipped)) for name, total in zip(names, sums)}
+            taken = steps - round(skipped)
+            means = {name: total / taken for name, total in zip(names, sums)} if taken else {}
             roots = (host[-len(norms) :] * self.shards).sqrt().tolist()  # a mean over ranks; each replica holds every shard
             return Window(means, dict(zip(norms, roots)), round(skipped), round(in_a_row), stops > 0, rate)
 
@@ -1545,12 +1546,10 @@ def train(cfg: Config, resume: str, device: torch.device, mesh: DeviceMesh, watc
 def main(argv: list[str]) -> None:
     """The command line's run: set up, train, and take the ranks down in the order that gloo survives."""
     cfg, resume = parse_config(argv)
-    if resume == "never" and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
-        resume = "auto"  # torchrun starts this run again, not another one
     check_ranks(cfg)
     use_cuda = torch.cuda.is_available() if cfg.device == "auto" else cfg.device == "cuda"
     device, mesh = ranks.join(use_cuda)
-    with ranks.together() as watch:
+    with ranks.together(mesh) as watch:
         try:
             finished = train(cfg, resume, device, mesh, watch)
         except torch.OutOfMemoryError:

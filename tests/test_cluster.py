@@ -25,6 +25,73 @@ FP32 = ["--precision=fp32", "--ema_every=3"]
 MESHES = {"1x1": (1, 1), "1x2": (2, 1), "2x1": (2, 2), "2x2": (4, 2)}  # nodes x processes a node -> (ranks, nodes)
 
 
+def children(pid: int) -> list[int]:
+    """The processes that `pid` started and that still run."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, parent = stat.read_text().rpartition(")")[2].split()[:2]
+        except OSError:
+            continue
+        if int(parent) == pid and state != "Z":
+            found.append(int(stat.parent.name))
+    return found
+
+
+PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # so that run.sh finds what runs these tests
+
+
+LAUNCHED: list[subprocess.Popen] = []
+
+
+def launch(cwd: Path, *command: str, **env: str) -> subprocess.Popen:
+    """Start a command, its output in the files out and err."""
+    with (cwd / "out").open("a") as out, (cwd / "err").open("a") as err:
+        LAUNCHED.append(subprocess.Popen(command, cwd=cwd, env=os.environ | ENV | env, stdout=out, stderr=err))
+    return LAUNCHED[-1]
+
+
+@pytest.fixture(autouse=True)
+def no_rank_left_running():
+    """Launchers that a failed test did not wait for are ended, with all that they started."""
+    yield
+    ending = [process.pid for process in LAUNCHED if process.poll() is None]
+    while ending:
+        pid = ending.pop()
+        ending += children(pid)
+        os.kill(pid, signal.SIGKILL)
+    LAUNCHED.clear()
+
+
+def wait_for(condition, seconds: float = 90):
+    """The first true value of `condition()`."""
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline, "nothing happened"
+        time.sleep(0.02)
+    return found
+
+
+def find_child(pid: int, script: str) -> int:
+    """The youngest process under `pid` that runs the given script: of ranks, the last."""
+    return max(child for child in children(pid) if script.encode() in Path(f"/proc/{child}/cmdline").read_bytes())
+
+
+@pytest.fixture
+def checkout(tmp_path) -> Path:
+    """A copy of the project in which run.sh makes runs/."""
+    for name in ("run.sh", "requirements.txt", *(file.name for file in ROOT.glob("*.py"))):
+        shutil.copy(ROOT / name, tmp_path)
+    return tmp_path
+
+
+def shorten_silence(checkout: Path, seconds: int) -> None:
+    """Let a rank count as lost after less than a minute."""
+    source = (checkout / "ranks.py").read_text()
+    assert source.count("\nSILENCE = 60.0") == 1
+    (checkout / "ranks.py").write_text(source.replace("\nSILENCE = 60.0", f"\nSILENCE = {seconds}.0"))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Every mesh is the same run
 
@@ -127,23 +194,23 @@ SABOTAGE = """
 import os, sys
 sys.path.insert(0, {root!r})
 import torch, train_prx
-honest = train_prx.train_step
+honest = train_prx.{function}
 
-def train_step(model, *args):
-    step = args[-2]
-    if step == {step} and int(os.environ["RANK"]) in {ranks}:
+def sabotaged(*args):
+    if {condition} and int(os.environ["RANK"]) in {ranks}:
         {action}
-    return honest(model, *args)
+    return honest(*args)
 
-train_prx.train_step = train_step
+train_prx.{function} = sabotaged
 train_prx.run_main(train_prx.main)
 """
-FLIP = "train_prx.local([model.blocks[1].down_proj.weight])[0].data[0, 0].mul_(1 + 2**-23)"  # the last bit of one number
+FLIP = "train_prx.local([args[0].blocks[1].down_proj.weight])[0].data[0, 0].mul_(1 + 2**-23)"  # the last bit of one number
 
 
-def sabotage(cwd: Path, step: int, ranks: list[int], action: str) -> Path:
-    """A script that trains, and does `action` on some ranks before a step."""
-    (cwd / "sabotage.py").write_text(SABOTAGE.format(root=str(ROOT), step=step, ranks=ranks, action=action))
+def sabotage(cwd: Path, step: int, ranks: list[int], action: str, function: str = "train_step", condition: str = "") -> Path:
+    """A script that trains, and does `action` on some ranks before a step, or whenever `function` is called."""
+    condition = condition or f"args[-2] == {step}"
+    (cwd / "sabotage.py").write_text(SABOTAGE.format(root=str(ROOT), condition=condition, ranks=ranks, action=action, function=function))
     return cwd / "sabotage.py"
 
 
@@ -164,6 +231,44 @@ def test_one_ranks_failure_ends_all_and_its_message_comes_last(tmp_path, tiny, a
     assert lines.count(on_the_other_node) == 1
     assert ("Traceback" in result.stderr) == (status == 1)
     assert len([line for line in lines if line.startswith("Traceback")]) <= 1, "one rank's, and not those that waited for it"
+
+
+@pytest.mark.parametrize("flag, action, status, message", [
+    ("--seed=1", "pass", 2, "runs/demo has another seed: choose another --name"),
+    ("--seed=0", "raise RuntimeError('a bug in the set-up')", 1, "RuntimeError: a bug in the set-up"),
+])
+def test_a_launcher_leaves_the_message_of_a_failed_set_up_last(tmp_path, tiny, flag, action, status, message):
+    # a launcher ends all ranks as soon as one has ended, and before training a signal ends them at once
+    train(tmp_path, *tiny, "--max_steps=2")
+    script = sabotage(tmp_path, 0, [1], action, "build_model", "True")
+    launcher = launch(tmp_path, sys.executable, str(ROOT / "ranks.py"), "--standalone", "--nproc-per-node=2", str(script), *tiny, flag)
+    assert launcher.wait(60) == status
+    errors = (tmp_path / "err").read_text()
+    assert errors.strip().splitlines()[-1].startswith(f"error: {message}"), errors
+    assert errors.count("error: ") == 1
+
+
+def test_collectives_have_long_patience_in_the_set_up_and_short_in_training(tmp_path, tiny):
+    show = "print('timeout', torch.distributed.group.WORLD._get_backend(torch.device('cpu')).options._timeout)"
+    for step, expected in ((0, "0:30:00"), (1, "0:01:30")):
+        script = sabotage(tmp_path, step, [0], show)
+        result = run(tmp_path, script, *tiny, "--max_steps=2", f"--name=step-{step}", ranks=2)
+        assert result.status == 0 and f"timeout {expected}\n" in result.stdout, result
+
+
+@pytest.mark.parametrize("silent", [0, 1])
+def test_a_rank_that_falls_silent_is_named_and_the_others_end(checkout, tiny, silent):
+    shorten_silence(checkout, 4)
+    command = [sys.executable, "ranks.py", "--standalone", "--nproc-per-node=2", "train_prx.py"]
+    launcher = launch(checkout, *command, *tiny, *FP32, "--stages=32:2000:16:1")
+    wait_for(lambda: last_logged(checkout / "runs/demo") > 2)
+    stopped = sorted(child for child in children(launcher.pid) if b"train_prx" in Path(f"/proc/{child}/cmdline").read_bytes())[silent]
+    os.kill(stopped, signal.SIGSTOP)
+    message = f"error: lost contact with rank {silent} on {socket.gethostname()}: silent for 4 s"
+    wait_for(lambda: message in (checkout / "err").read_text(), 20)
+    os.kill(stopped, signal.SIGKILL)  # which the launcher would do after 30 s
+    assert launcher.wait(20) in (1, 137)  # the one that ended, or the one that was killed
+    assert "Traceback" not in (checkout / "err").read_text()
 
 
 def test_a_mistake_on_all_ranks_is_said_once_a_node(tmp_path, tiny, data):
@@ -201,19 +306,6 @@ def test_of_two_replicas_that_disagree_both_are_named(tmp_path, tiny):
 # Signals, restarts, disks
 
 
-def children(pid: int) -> list[int]:
-    """The processes that `pid` started and that still run."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            state, parent = stat.read_text().rpartition(")")[2].split()[:2]
-        except OSError:
-            continue
-        if int(parent) == pid and state != "Z":
-            found.append(int(stat.parent.name))
-    return found
-
-
 def test_readers_outlive_a_clusters_signals_and_not_their_rank(tmp_path, tiny):
     flags = [*tiny, "--workers=2", "--stages=32:200:16:1"]
     process = start(tmp_path, "train_prx.py", *flags)
@@ -232,45 +324,6 @@ def test_readers_outlive_a_clusters_signals_and_not_their_rank(tmp_path, tiny):
     while any(Path(f"/proc/{reader}").exists() for reader in readers):
         assert time.monotonic() < deadline, "readers of a killed rank go on, and hold its lock"
         time.sleep(0.01)
-
-
-PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # so that run.sh finds what runs these tests
-
-
-LAUNCHED: list[subprocess.Popen] = []
-
-
-def launch(cwd: Path, *command: str, **env: str) -> subprocess.Popen:
-    """Start a command, its output in the files out and err."""
-    with (cwd / "out").open("a") as out, (cwd / "err").open("a") as err:
-        LAUNCHED.append(subprocess.Popen(command, cwd=cwd, env=os.environ | ENV | env, stdout=out, stderr=err))
-    return LAUNCHED[-1]
-
-
-@pytest.fixture(autouse=True)
-def no_rank_left_running():
-    """Launchers that a failed test did not wait for are ended, with all that they started."""
-    yield
-    ending = [process.pid for process in LAUNCHED if process.poll() is None]
-    while ending:
-        pid = ending.pop()
-        ending += children(pid)
-        os.kill(pid, signal.SIGKILL)
-    LAUNCHED.clear()
-
-
-def wait_for(condition, seconds: float = 90):
-    """The first true value of `condition()`."""
-    deadline = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < deadline, "nothing happened"
-        time.sleep(0.02)
-    return found
-
-
-def find_child(pid: int, script: str) -> int:
-    """The youngest process under `pid` that runs the given script: of ranks, the last."""
-    return max(child for child in children(pid) if script.encode() in Path(f"/proc/{child}/cmdline").read_bytes())
 
 
 def last_logged(folder: Path) -> int:
@@ -295,14 +348,6 @@ def test_torchruns_own_restarts_continue_a_run(tmp_path, tiny, one_rank_of_tiny)
     assert len(re.findall(r"^continuing from step \d+$", (folder / "log.txt").read_text(), re.MULTILINE)) == 1
     assert_same_curve(one_rank_of_tiny, folder)
     assert not (tmp_path / "runs/demo.old-1").exists(), "--resume=never started the run over"
-
-
-@pytest.fixture
-def checkout(tmp_path) -> Path:
-    """A copy of the project in which run.sh makes runs/."""
-    for name in ("run.sh", "requirements.txt", *(file.name for file in ROOT.glob("*.py"))):
-        shutil.copy(ROOT / name, tmp_path)
-    return tmp_path
 
 
 def test_run_sh_restarts_after_a_failure_and_stops_politely(checkout, tiny):
@@ -350,6 +395,55 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(tmp_path, 
 def test_every_nth_checkpoint_is_kept_for_good(tmp_path, tiny):
     folder = train(tmp_path, *tiny, "--save_every=2", "--keep=2", "--keep_every=6", "--max_steps=17")
     assert sorted(os.listdir(folder / "checkpoints")) == ["step_000006", "step_000012", "step_000016", "step_000017"]
+
+
+AVERAGE = """
+import os, sys, time
+sys.path.insert(0, {root!r})
+import safetensors, ranks, run_folder, train_prx
+honest = run_folder.write_ema
+ranks.SILENCE, ranks.TIMEOUT = 3.0, ranks.datetime.timedelta(seconds=4)
+
+def write_ema(path, checkpoint, identity, step):
+    if step in {steps}:
+        {action}
+    honest(path, checkpoint, identity, step)
+
+run_folder.write_ema = write_ema
+train_prx.run_main(train_prx.main)
+"""
+
+
+def test_what_only_rank_0_cannot_write_is_known_to_all(tmp_path, tiny):
+    full = "raise safetensors.SafetensorError('I/O error: No space left on device')"
+    (tmp_path / "average.py").write_text(AVERAGE.format(root=str(ROOT), steps=[6, 20], action=full))
+    process = start(tmp_path, tmp_path / "average.py", *tiny, *SAVING, ranks=2)
+    result = process.wait()
+    assert [p.exitcode for p in process.processes] == [2, 2]
+    assert result.stderr.count("\n") == 1 and "error: the checkpoint of step 20 could not be written: I/O error: No space" in result.stderr
+    assert "WARNING step 6: no checkpoint, I/O error: No space left on device" in result.stdout
+    assert sorted(os.listdir(tmp_path / "runs/try/checkpoints")) == ["step_000012", "step_000018"], "and nothing is left lying about"
+    assert sorted(os.listdir(tmp_path / "runs/try")) == ["checkpoints", "ema.safetensors", "log.txt", "metrics.jsonl", "samples"]
+    train(tmp_path, *tiny, *SAVING, ranks=2)
+
+
+def test_ranks_wait_for_the_one_that_writes_for_longer_than_they_wait_for_each_other(tmp_path, tiny):
+    (tmp_path / "average.py").write_text(AVERAGE.format(root=str(ROOT), steps=[18, 20], action="time.sleep(6)"))
+    result = run(tmp_path, tmp_path / "average.py", *tiny, *SAVING, ranks=2)
+    assert result.status == 0 and result.stderr == "", result
+    assert last_checkpoint(tmp_path / "runs/try").name == "step_000020"
+
+
+@pytest.mark.parametrize("resume", ["never", "runs/demo/checkpoints/step_000002"])
+def test_a_restart_goes_on_where_the_first_attempt_ended(tmp_path, tiny, resume):
+    # not where the command, given once by hand, said to start
+    flags = [*tiny, "--save_every=2", "--keep=9"]
+    train(tmp_path, *flags, "--max_steps=6")
+    for variable in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT", "RANKS_RESTART_COUNT"):
+        shutil.copytree(tmp_path / "runs", tmp_path / variable / "runs")
+        result = run(tmp_path / variable, "train_prx.py", *flags, "--max_steps=8", f"--resume={resume}", env={variable: "1"})
+        assert result.status == 0 and "\ncontinuing from step 6\n" in result.stdout, result
+        assert os.listdir(tmp_path / variable / "runs") == ["demo"] or sorted(os.listdir(tmp_path / variable / "runs")) == [".demo.lock", "demo"]
 
 
 @pytest.fixture
@@ -438,9 +532,7 @@ def test_two_nodes_train_stop_when_cut_apart_and_continue(checkout, tiny, one_ra
     # the minute of silence is 15 s here, to save time; with the project's own the nodes stopped 64 s after the cut
     names, ip = two_nodes
     folder = checkout / "runs/demo"
-    source = (checkout / "ranks.py").read_text()
-    assert source.count("\nSILENCE = 60.0") == 1
-    (checkout / "ranks.py").write_text(source.replace("\nSILENCE = 60.0", "\nSILENCE = 15.0"))
+    shorten_silence(checkout, 15)
 
     def command() -> list[subprocess.Popen]:
         """The README's line on each node."""
