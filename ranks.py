@@ -50,9 +50,12 @@ CONTINUES = "the same command continues from the last checkpoint"
 
 
 def join(use_cuda: bool) -> tuple[torch.device, DeviceMesh]:
-    """This rank's device and the mesh of all ranks, (nodes, GPUs a node) or (GPUs,): torchrun's environment, or one rank alone."""
-    world, per_node = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_WORLD_SIZE", 0))
-    per_node = per_node or world
+    """This rank's device and the mesh of all ranks, (nodes, GPUs a node) or (GPUs,): torchrun's environment, or one rank alone.
+
+    Raises UserError where nodes have started different numbers of ranks.
+    """
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     if world % per_node:
         raise UserError(f"{world} ranks in all, but {per_node} on this node: every node must start equally many")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if use_cuda else torch.device("cpu")
@@ -100,7 +103,7 @@ def from_rank_0(make: Callable[[], T]) -> T:
         except UserError as error:
             box[1] = str(error)
         except OSError as error:
-            box[1] = f"{error.filename}: {error.strerror}"
+            box[1] = str(error)
     dist.broadcast_object_list(box)
     if box[1] is not None:
         raise UserError(box[1])

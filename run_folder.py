@@ -145,7 +145,7 @@ class RunFolder:
         self.lock = self.path.with_name(f".{self.path.name}.lock").open("w")  # beside the folder, which --resume=never renames
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise UserError(f"another process is training {self.path}; choose another --name") from None
         checkpoint = find_resume(self.path, resume, self.identity, free, end)
         if resume == "never" and self.path.exists() and not restarted():
