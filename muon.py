@@ -126,7 +126,8 @@ class Owners:
         self.replica, self.shard = (grid == dist.get_rank()).nonzero()[0].tolist()
         self.near, self.across = mesh.get_group(mesh.ndim - 1), mesh.get_group(0)  # the ranks of my replica, of my shard
         self.shapes = [p.shape for p in params]
-        owners = assign_owners(self.shapes, mesh.size())
+        order = grid.T.flatten().tolist()  # neighbours in it are of different replicas, whose shares of the matrices are alike
+        owners = [order[owner] for owner in assign_owners(self.shapes, mesh.size())]
         # [rounds][replicas][shards] -> the matrices of one shape that the rank owns
         self.owned = [[[[i for i in indices if owners[i] == rank] for rank in row] for row in grid.tolist()]
                       for indices in by_shape(params)]

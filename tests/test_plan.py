@@ -236,7 +236,8 @@ owners = Owners(optimizer.param_groups[0]["params"])
 count = lambda tensors: sum(x.numel() for x in local(list(tensors)))
 state = [optimizer.state[p] for group in optimizer.param_groups for p in group["params"]]
 print(json.dumps({{
-    "owned": [[newton_schulz_cost(owners.shapes[i]) for turn in owners.owned for i in turn[rank]] for rank in owners.ranks],
+    "owned": [[newton_schulz_cost(owners.shapes[i]) for turn in owners.owned for i in turn[r // shards][r % shards]] for r in range(world)],
+    "of_replica": [sum(owners.shapes[i].numel() for turn in owners.owned for of_rank in turn[r] for i in of_rank) for r in range(owners.replicas)],
     "weights": count(model.parameters()), "average": count(ema.weights.values()),
     "optimizer": count(x for each in state for x in each.values() if x.ndim),
     "whole": sum(p.numel() for p in model.parameters()), "muon": sum(map(torch.Size.numel, owners.shapes))}}))
@@ -268,7 +269,9 @@ def one_rank(folder, body: str, rank: int, world: int, shards: int, depth: int) 
 def test_newton_schulz_is_balanced_and_state_is_cut_evenly(world, tmp_path):
     found = one_rank(tmp_path, SHARDS, 0, world, 8, 16)
     loads = [sum(owned) for owned in found["owned"]]
-    assert loads == plan.newton_schulz_loads([p.shape for p in plan.parameter_groups(Config())[0]["params"]], world)
+    assert sorted(loads) == sorted(plan.newton_schulz_loads([p.shape for p in plan.parameter_groups(Config())[0]["params"]], world))
+    # what a replica owns goes to all others in an all-gather, which takes equally much from each
+    assert max(found["of_replica"]) < 1.3 * sum(found["of_replica"]) / len(found["of_replica"])
     if world <= 32:
         assert max(loads) < 1.05 * sum(loads) / world
     else:  # more ranks than matrices: the best that can be is one each
@@ -288,6 +291,8 @@ def test_slices_of_uneven_rows_differ_by_rounding_only(tmp_path):
     assert last["weights"] < first["whole"] / 11 < first["weights"] == held < 1.01 * first["whole"] / 11
 
 
-def test_the_optimizer_takes_far_less_memory_than_a_whole_model(tmp_path):
-    found = one_rank(tmp_path, STEP, 0, 32, 8, 6)  # rank 0 owns the largest matrix
+@pytest.mark.parametrize("world", [32, 256])
+def test_the_optimizer_takes_far_less_memory_than_a_whole_model(tmp_path, world):
+    found = one_rank(tmp_path, STEP, 0, world, 8, 6)  # rank 0 owns the largest matrix
+    print(f"{world} ranks: {found['peak'] / found['whole']:.2f} of the fp32 model")
     assert 0 < found["peak"] < 0.5 * found["whole"]
