@@ -205,10 +205,10 @@ def matmul_rate(cfg: Config) -> float:
     return 2 * 1024**3 / min(clock(lambda: a @ a, a.device) for _ in range(3))
 
 
-def synthetic_batch(cfg: Config, stage: Stage, device: torch.device) -> dict[str, Tensor]:
+def synthetic_batch(cfg: Config, stage: Stage, device: torch.device, seed: int = 0) -> dict[str, Tensor]:
     """A chunk as training sees it: pictures with the spectrum of photographs (amplitude 1/f), captions of many lengths."""
     B, S, L = cfg.micro_batch, stage.image_size, cfg.text_tokens
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     f = torch.hypot(torch.fft.fftfreq(S)[:, None], torch.fft.rfftfreq(S))  # [S, S / 2 + 1]
     f[0, 0] = math.inf
     x0 = torch.fft.irfft2(torch.fft.rfft2(torch.randn(B, 3, S, S, generator=generator)) / f, s=(S, S))
