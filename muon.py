@@ -176,6 +176,23 @@ class Owners:
         return updates
 
 
+def update_momenta(grads: list[Tensor], momenta: list[Tensor], ok: Tensor, scale: Tensor, momentum: float, nesterov: bool,
+                   dtype: torch.dtype) -> list[Tensor]:
+    """Move each momentum in place towards its gradient times `scale`, and return what Newton-Schulz takes, in `dtype`."""
+    updates = []
+    for grad, average in zip(grads, momenta):
+        grad = torch.where(ok > 0, grad * scale, 0.0)
+        average.lerp_(grad, (1 - momentum) * ok)
+        updates.append((grad.lerp(average, momentum) if nesterov else average).to(dtype, copy=True))
+    return updates
+
+
+def apply_updates(weights: list[Tensor], updates: list[Tensor], lr: Tensor, factors: list[float], weight_decay: float) -> None:
+    """Step each weight in place along its update, with its own factor on the learning rate."""
+    for weight, update, factor in zip(weights, updates, factors):
+        weight.mul_(1 - weight_decay * lr).sub_(lr * factor * update)
+
+
 def local(tensors: list[Tensor]) -> list[Tensor]:
     """This rank's part of each tensor, sharing its memory."""
     return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
@@ -185,11 +202,11 @@ class Muon(torch.optim.Optimizer):
     """Muon for the groups with `use_muon` True, Adam for those with `use_muon` False.
 
     Muon groups hold 2-D parameters and take `lr, momentum, nesterov, ns_steps, ns_dtype, weight_decay`; Adam groups take
-    `lr, betas, eps, weight_decay` (decoupled decay in both). Any other key raises ValueError. Muon's update is
+    `lr, betas, eps, weight_decay` (decoupled decay in both); `compile` fuses what is done element by element. Any other key raises ValueError. Muon's update is
     -lr * 0.2 * sqrt(max(rows, cols)) * newton_schulz(nesterov momentum), the scale of arXiv 2502.16982.
     """
 
-    def __init__(self, param_groups: list[dict]):
+    def __init__(self, param_groups: list[dict], compile: bool = False):
         groups = []
         for group in param_groups:
             if not isinstance(group.get("use_muon"), bool):
@@ -205,6 +222,9 @@ class Muon(torch.optim.Optimizer):
                 raise ValueError(f"Muon takes matrices only, not shapes {not_matrices}")
             groups.append(group)
         super().__init__(groups, {})
+        # Each passes over its tensors once; as single operations they would a dozen times
+        self._momentum, self._apply = (torch.compile(f, fullgraph=True, dynamic=False) if compile else f
+                                       for f in (update_momenta, apply_updates))
         self._owners: dict[tuple[int, ...], Owners] = {}  # by the parameters that have gradients
         # State exists from the start, so that a checkpoint can be loaded into it before the first step.
         for group in self.param_groups:
@@ -217,27 +237,23 @@ class Muon(torch.optim.Optimizer):
                     self.state[p]["exp_avg_sq"] = torch.zeros_like(p)
 
     @torch.no_grad()
-    def step(self, ok: Tensor | None = None) -> None:
+    def step(self, ok: Tensor | None = None, scale: Tensor | None = None) -> None:
         """Update all parameters that have a gradient.
 
-        ok: a 0-dim tensor on the parameters' device, 1 to step and 0 to leave weights and state as they are; it is
-        never read by the host. Gradients must be zero where it is 0 (`train_prx.clip_gradients` sees to that).
+        ok: a 0-dim tensor on the parameters' device, 1 to step and 0 to leave weights and state as they are, whatever the
+        gradients hold; scale: likewise, a factor on all gradients, such as that of clipping. Neither is read by the host.
         """
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
                 continue
-            taken = torch.ones((), device=params[0].device) if ok is None else ok
-            (self._muon if group["use_muon"] else self._adam)(group, params, taken)
+            one = torch.ones((), device=params[0].device)
+            (self._muon if group["use_muon"] else self._adam)(group, params, one if ok is None else ok, one if scale is None else scale)
 
-    def _muon(self, group: dict, params: list[Tensor], ok: Tensor) -> None:
+    def _muon(self, group: dict, params: list[Tensor], ok: Tensor, scale: Tensor) -> None:
         weights, grads = local(params), local([p.grad for p in params])
         momenta = local([self.state[p]["momentum"] for p in params])
-        decay = torch.where(ok > 0, group["momentum"], 1.0)
-        torch._foreach_mul_(momenta, decay)
-        torch._foreach_add_(momenta, grads, alpha=1 - group["momentum"])
-        updates = torch._foreach_lerp(grads, momenta, group["momentum"]) if group["nesterov"] else momenta
-
+        updates = self._momentum(grads, momenta, ok, scale, group["momentum"], group["nesterov"], group["ns_dtype"])
         if isinstance(params[0], DTensor) and params[0].device_mesh.size() > 1:
             key = tuple(id(p) for p in params)
             if key not in self._owners:
@@ -245,16 +261,14 @@ class Muon(torch.optim.Optimizer):
             updates = self._owners[key].orthogonalize(updates, group["ns_steps"], group["ns_dtype"])
         else:
             updates = orthogonalize(updates, group["ns_steps"], group["ns_dtype"])
+        lr = torch.full_like(ok, group["lr"]) * ok  # no number of the host's, which a compiled function would be compiled for
+        self._apply(weights, updates, lr, [RMS_SCALE * max(p.shape) ** 0.5 for p in params], group["weight_decay"])
 
-        scales = [group["lr"] * RMS_SCALE * max(p.shape) ** 0.5 for p in params]
-        updates = torch._foreach_mul([u.to(w.dtype) for u, w in zip(updates, weights)], scales)
-        torch._foreach_mul_(updates, ok)
-        torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"] * ok)
-        torch._foreach_sub_(weights, updates)
-
-    def _adam(self, group: dict, params: list[Tensor], ok: Tensor) -> None:
+    def _adam(self, group: dict, params: list[Tensor], ok: Tensor, scale: Tensor) -> None:
         beta1, beta2 = group["betas"]
-        weights, grads = local(params), local([p.grad for p in params])
+        weights, grads = local(params), torch._foreach_mul(local([p.grad for p in params]), scale)
+        for grad in grads:
+            grad.masked_fill_(ok == 0, 0.0)
         steps = [self.state[p]["step"] for p in params]
         exp_avg = local([self.state[p]["exp_avg"] for p in params])
         exp_avg_sq = local([self.state[p]["exp_avg_sq"] for p in params])

@@ -64,8 +64,9 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.attention.varlen import varlen_attn
 
 import ranks
 from muon import Muon, local
@@ -111,6 +112,7 @@ class Config:
     device: str = "auto"  # cpu, cuda, or auto: cuda where there is one
     precision: str = "bf16"  # compute in bf16 or fp32; weights, gradient sums and optimizer state are fp32 either way
     compile: bool = True  # torch.compile each block: 0 or 1
+    chunks_at_once: int = 2  # chunks of a rank's share that pass the network together, at most: memory against speed
     workers: int = 8  # processes that read and decode images, a GPU; 0: in the training process
     # Model (code, but for patch and bottleneck)
     patch: int = 32  # pixels a side of one image token
@@ -200,7 +202,7 @@ CHOICES = {
     "frozen": ("pretrained", "scene", "random", "none"), "device": ("auto", "cpu", "cuda"), "precision": ("bf16", "fp32"),
     "guidance": ("self", "cfg", "none"), "lr_decay": ("none", "linear"),
 }
-NOT_IDENTITY = {"max_steps", "device", "workers", "log_every", "eval_every", "sample_every", "save_every", "keep", "keep_every",
+NOT_IDENTITY = {"max_steps", "device", "chunks_at_once", "workers", "log_every", "eval_every", "sample_every", "save_every", "keep", "keep_every",
                 "price"}
 
 
@@ -297,7 +299,7 @@ def check_config(cfg: Config) -> None:
             raise UserError(message)
 
     need(re.fullmatch(r"\w[\w.-]*", cfg.name) is not None, f"--name={cfg.name}: use letters, digits, '_', and then '.' and '-'")
-    for name in ("micro_batch", "patch", "bottleneck", "width", "depth", "heads", "text_dim", "text_tokens", "ema_every",
+    for name in ("micro_batch", "chunks_at_once", "patch", "bottleneck", "width", "depth", "heads", "text_dim", "text_tokens", "ema_every",
                  "log_every", "keep", "sample_steps", "ns_steps"):
         need(getattr(cfg, name) > 0, f"--{name}={getattr(cfg, name)} must be at least 1")
     for name in ("grad_clip", "mlp_ratio", "rope_theta", "shift", "noise_scale", "adam_eps"):
@@ -405,21 +407,32 @@ def generate(model, txt: Tensor, txt_mask: Tensor | None, *, null_txt: Tensor, n
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     noise = torch.stack([torch.randn(3, H, W, generator=g) for g in generators])  # [B, 3, H, W]
     x = model.cfg.noise_scale * noise.to(device)
-    null_txt = null_txt.expand(B, -1, -1)
-    null_mask = None if null_mask is None else null_mask.expand(B, -1)
+    prompts, n = [(txt, txt_mask)], 1
+    if guidance == "cfg":
+        prompts.append((null_txt.expand(B, -1, -1), None if null_mask is None else null_mask.expand(B, -1)))
+    if isinstance(model, PRX):  # both in one batch, and the text's keys and values once, not once a step
+        prompts, n = [(model.text_keys(*join_prompts(prompts)), None)], len(prompts)
     grid = shift_t(torch.linspace(1, 0, steps + 1), shift).tolist()
     for t_now, t_next in zip(grid, grid[1:]):
         t = torch.full((B,), t_now, device=device)
-        x0_hat, _ = model(x, t, txt, txt_mask)
+        x0_hat = torch.cat([model(x.repeat(n, 1, 1, 1), t.repeat(n), *text)[0] for text in prompts])  # [B or 2 B, 3, H, W]
         if guidance == "self":
             ids_keep = torch.cat([draw_ids_keep(1, N, drop, "cpu", g) for g in generators]).to(device)
-            routed, _ = model(x, t, txt, txt_mask, ids_keep)
+            routed, _ = model(x, t, *prompts[0], ids_keep)
             x0_hat = routed + scale * (x0_hat - routed)
         elif guidance == "cfg":
-            empty, _ = model(x, t, null_txt, null_mask)
+            x0_hat, empty = x0_hat.chunk(2)
             x0_hat = empty + scale * (x0_hat - empty)
         x = x + (t_next - t_now) * velocity(x, x0_hat, t)
     return x.clamp(-1, 1)
+
+
+def join_prompts(prompts: list[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor]:
+    """Batches of prompts, each txt [B, L, D] and txt_mask [B, L], as one batch, padded to the longest L."""
+    L = max(txt.shape[1] for txt, _ in prompts)
+    masks = [torch.ones(txt.shape[:2], dtype=torch.bool, device=txt.device) if mask is None else mask for txt, mask in prompts]
+    return (torch.cat([F.pad(txt, (0, 0, 0, L - txt.shape[1])) for txt, _ in prompts]),
+            torch.cat([F.pad(mask, (0, L - mask.shape[1])) for mask in masks]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -444,13 +457,77 @@ def apply_rotary(x: Tensor, rope: Tensor) -> Tensor:
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Masked attention, [B, N, h, d] x [B, M, h, d] -> [B, N, h, d]; mask [B, 1, 1, M] is True where a key counts."""
+class Text:
+    """B prompts as the blocks read them: the tokens of all, one after the other, without padding.
+
+    No tuple or dataclass: FSDP replaces the tensors in those, and that T may change is noted on the tensor.
+    """
+
+    def __init__(self, tokens: Tensor, lengths: Tensor, longest: int):
+        self.tokens = tokens  # [T, C]
+        self.lengths = lengths  # [B] tokens of each prompt; T together
+        self.longest = longest  # L: no prompt is longer
+        self.keys: list[tuple[Tensor, Tensor]] = []  # once they are known: each block's keys and values, 2 x [T, h, d]
+        self.layouts: dict[int, Keys] = {}  # by the number of image tokens
+
+
+class Keys(NamedTuple):
+    """Where the keys of a batch lie: those of an image are the tokens of its text, then its own."""
+
+    text_at: Tensor  # [T] the row of each text token
+    image_at: Tensor  # [B N] the row of each image token
+    query_starts: Tensor  # [B + 1] int32, the first query of each image, and the end of the last
+    key_starts: Tensor  # [B + 1] int32, likewise for keys that lie close together
+    longest: int  # L + N: no image has more keys
+    mask: Tensor | None  # [B, 1, 1, L + N], True where there is a key; None where keys lie close together
+
+    @classmethod
+    def lay_out(cls, text: Text, B: int, N: int, padded: bool) -> "Keys":
+        """The keys for N image tokens each: every image's in L + N rows, or close together."""
+        device, M = text.lengths.device, text.longest + N
+        image = torch.arange(B, device=device)
+        first = text.lengths.cumsum(0) - text.lengths  # [B] the first token of each prompt
+        start = image * M if padded else first + image * N  # [B] the first row of each image
+        owner = torch.repeat_interleave(image, text.lengths, output_size=len(text.tokens))  # [T]
+        row = torch.arange(len(text.tokens), device=device)
+        count = (text.lengths + N)[:, None]  # [B, 1]
+        return cls(text_at=row + (start - first)[owner],
+                   image_at=((start + text.lengths)[:, None] + torch.arange(N, device=device)).flatten(),
+                   query_starts=torch.arange(0, B * N + 1, N, device=device, dtype=torch.int32),
+                   key_starts=F.pad(count.cumsum(0)[:, 0], (1, 0)).int(), longest=M,
+                   mask=(torch.arange(M, device=device) < count)[:, None, None] if padded else None)
+
+    def join(self, txt: Tensor, img: Tensor) -> Tensor:
+        """Text [T, h, d] and image tokens [B, N, h, d] in their rows, [B (L + N) or T + B N, h, d]; 0 in those between."""
+        rows = len(txt) + len(self.image_at) if self.mask is None else self.mask.numel()
+        out = img.new_zeros(rows, *img.shape[2:])
+        return out.index_copy(0, self.text_at, txt).index_copy(0, self.image_at, img.flatten(0, 1))
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, keys: Keys) -> Tensor:
+    """Attention of the queries [B, N, h, d] to the rows k, v [M, h, d] of `keys` -> [B, N, h, d]."""
+    if keys.mask is None:  # flash attention: a mask would rule it out
+        out = varlen_attn(q.flatten(0, 1), k, v, keys.query_starts, keys.key_starts, q.shape[1], keys.longest)
+        return out.view(q.shape)
     dtype = q.dtype
+    k, v = k.unflatten(0, (len(q), -1)), v.unflatten(0, (len(q), -1))  # [B (L + N), h, d] -> [B, L + N, h, d]
     if q.device.type == "cpu":  # torch's CPU attention is slow in bf16: the demo's step took 2.5 times as long
         q, k, v = q.float(), k.float(), v.float()
-    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)
+    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=keys.mask)
     return out.transpose(1, 2).to(dtype)  # [B, h, N, d] -> [B, N, h, d]
+
+
+def key_layout(text: Text, img: Tensor, head_dim: int) -> Keys:
+    """The layout of the keys of `text` and image tokens img [B, N, C]; made once for each N."""
+    B, N, _ = img.shape
+    if N not in text.layouts:
+        text.layouts[N] = Keys.lay_out(text, B, N, padded=not has_flash_attention(img, head_dim))
+    return text.layouts[N]
+
+
+def has_flash_attention(img: Tensor, head_dim: int) -> bool:
+    """Whether `varlen_attn` takes tokens such as these; where it does not, keys are padded and masked."""
+    return img.is_cuda and img.dtype == torch.bfloat16 and head_dim % 8 == 0 and torch.cuda.get_device_capability(img.device) >= (8, 0)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -508,17 +585,24 @@ class Block(nn.Module):
         self.down_proj = nn.Linear(hidden, C, bias=False)
         self.modulation = Modulation(C)
 
-    def forward(self, img: Tensor, txt: Tensor, c: Tensor, rope: Tensor, mask: Tensor | None) -> Tensor:
-        """img [B, N, C], txt [B, L, C], c [B, C], rope [B or 1, N, d / 2, 2], mask [B, 1, 1, L + N] -> [B, N, C]."""
+    def text_keys(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """The keys and values of text tokens [T, C], 2 x [T, h, d]: they depend on neither the image nor the time."""
+        k, v = self.txt_kv_proj(tokens).unflatten(-1, (2, self.heads, self.head_dim)).unbind(1)  # [T, 2C] -> 2 x [T, h, d]
+        return self.k_norm(k), v
+
+    def forward(self, img: Tensor, text: Text, c: Tensor, rope: Tensor, keys: Keys,
+                txt_kv: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """img [B, N, C], text of T tokens, c [B, C], rope [B or 1, N, d / 2, 2] -> [B, N, C].
+
+        txt_kv: `text_keys` of the text's tokens, where they are known already.
+        """
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = self.modulation(c)
         x = modulate(img, shift, scale)
         q, k, v = self.img_qkv_proj(x).unflatten(-1, (3, self.heads, self.head_dim)).unbind(2)  # [B, N, 3C] -> 3 x [B, N, h, d]
-        txt_k, txt_v = self.txt_kv_proj(txt).unflatten(-1, (2, self.heads, self.head_dim)).unbind(2)  # 2 x [B, L, h, d]
+        txt_k, txt_v = txt_kv or Block.text_keys(self, text.tokens)  # not self.text_keys, which FSDP wraps for calls from outside
         q = apply_rotary(self.qk_norm.query_norm(q), rope)
         k = apply_rotary(self.qk_norm.key_norm(k), rope)
-        k = torch.cat([self.k_norm(txt_k), k], dim=1)  # [B, L + N, h, d]
-        v = torch.cat([txt_v, v], dim=1)
-        x = attention(q, k, v, mask).flatten(2)  # [B, N, h, d] -> [B, N, C]
+        x = attention(q, keys.join(txt_k, k), keys.join(txt_v, v), keys).flatten(2)  # [B, N, h, d] -> [B, N, C]
         img = img + gate * self.attn_out(x)
         x = modulate(img, mlp_shift, mlp_scale)
         x = F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x)  # [B, N, hidden]
@@ -576,12 +660,27 @@ class PRX(nn.Module):
         if not self.txt_in.weight.is_meta:
             self.init_weights(cfg.seed)
 
-    def forward(self, x_t: Tensor, t: Tensor, txt: Tensor, txt_mask: Tensor | None = None,
+    def read_text(self, txt: Tensor, txt_mask: Tensor | None) -> Text:
+        """Prompts for the blocks: txt and txt_mask as in `forward`, without padding from here on."""
+        if txt_mask is None:
+            txt_mask = torch.ones(txt.shape[:2], dtype=torch.bool, device=txt.device)
+        if txt.ndim == 3:
+            txt = txt[txt_mask]  # [B, L, D] -> [T, D]; a GPU's host waits here, so batches for training come as [T, D]
+        return Text(self.txt_in(txt.to(self.txt_in.weight.dtype)), txt_mask.sum(1), txt_mask.shape[1])
+
+    def text_keys(self, txt: Tensor, txt_mask: Tensor | None) -> Text:
+        """Prompts with the keys and values of all blocks: what sampling computes once, not once a step."""
+        text = self.read_text(txt, txt_mask)
+        text.keys = [block.text_keys(text.tokens) for block in self.blocks]
+        return text
+
+    def forward(self, x_t: Tensor, t: Tensor, txt: Tensor | Text, txt_mask: Tensor | None = None,
                 ids_keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Predict the clean image.
 
-        x_t [B, 3, H, W] with H and W multiples of the patch, t [B] in [0, 1], txt [B, L, D], txt_mask [B, L] bool, True
-        where a token counts. With ids_keep [B, N_keep], only those image tokens pass the routed blocks and the others
+        x_t [B, 3, H, W] with H and W multiples of the patch, t [B] in [0, 1]. Prompts are txt [B, L, D] with txt_mask
+        [B, L] bool, True where a token counts; or txt [T, D], only those tokens, with the same mask; or what `text_keys`
+        made of them. With ids_keep [B, N_keep], only those image tokens pass the routed blocks and the others
         come back unchanged (TREAD). Returns x0_hat [B, 3, H, W] fp32 and the features after `repa_depth` blocks,
         [B, N_keep, C] inside the route, else [B, N, C].
         """
@@ -590,7 +689,7 @@ class PRX(nn.Module):
         rows, cols, p = H // cfg.patch, W // cfg.patch, cfg.patch
         x = x_t.to(dtype).reshape(B, 3, rows, p, cols, p).permute(0, 2, 4, 1, 3, 5)  # [B, rows, cols, 3, p, p]
         img = self.img_in(x.reshape(B, rows * cols, 3 * p * p))  # [B, N, 3 p p] -> [B, N, C]
-        txt = self.txt_in(txt.to(dtype))  # [B, L, D] -> [B, L, C]
+        text = txt if isinstance(txt, Text) else self.read_text(txt, txt_mask)
         c = self.time_in(t)  # [B, C]
         rope = rotary_table(rows, cols, cfg.width // cfg.heads, cfg.rope_theta, x_t.device)  # [1, N, d / 2, 2]
 
@@ -598,8 +697,11 @@ class PRX(nn.Module):
         for i, block in enumerate(self.blocks):
             if ids_keep is not None and i == cfg.route.start:
                 all_img, img = img, gather_tokens(img, ids_keep)  # [B, N, C] -> [B, N_keep, C]
-                all_rope, rope = rope, gather_tokens(rope.flatten(2).expand(B, -1, -1), ids_keep).unflatten(-1, (-1, 2))
-            img = block(img, txt, c, rope, attention_mask(txt_mask, img))
+                rope = gather_tokens(rope.flatten(2).expand(B, -1, -1), ids_keep).unflatten(-1, (-1, 2))
+            keys = key_layout(text, img, cfg.width // cfg.heads)
+            for x in (text.tokens, keys.text_at):
+                torch._dynamo.maybe_mark_dynamic(x, 0)  # T is another in every batch; one compiled block serves all
+            img = block(img, text, c, rope, keys, text.keys[i] if text.keys else None)
             if i + 1 == cfg.repa_depth:
                 feat = img
             if ids_keep is not None and i + 1 == cfg.route.stop:
@@ -637,17 +739,8 @@ def gather_tokens(x: Tensor, ids: Tensor) -> Tensor:
     return x.gather(1, ids[:, :, None].expand(-1, -1, x.shape[-1]))
 
 
-def attention_mask(txt_mask: Tensor | None, img: Tensor) -> Tensor | None:
-    """Text mask [B, L] -> key mask [B, 1, 1, L + N]: image tokens always count."""
-    if txt_mask is None:
-        return None
-    return F.pad(txt_mask, (0, img.shape[1]), value=True)[:, None, None]
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Frozen networks: the text encoder, and the three that judge (REPA's teacher, P-DINO, LPIPS)
-
-TextEncoder = Callable[[list[str]], tuple[Tensor, Tensor]]  # prompts -> txt [B, L, D], txt_mask [B, L] bool
 
 FALLBACKS = {  # gated model -> (the flag that replaces it, an open model)
     "facebook/dinov3-vitl16-pretrain-lvd1689m": ("--repa_teacher", "facebook/dinov2-with-registers-large"),
@@ -678,8 +771,30 @@ def load_pretrained(loader, model_id: str, **kwargs):
     return loaded
 
 
-class T5GemmaText:
-    """The frozen T5Gemma encoder: last hidden state of up to L tokens, padded to L and masked.
+class TextEncoder:
+    """Prompts -> txt [B, L, D], 0 behind each prompt, and txt_mask [B, L] bool; `latents` leaves the padding out."""
+
+    max_length: int  # L: longer prompts are cut
+
+    def latents(self, prompts: list[str]) -> tuple[Tensor, list[int]]:
+        """Latents of the prompts' tokens one after the other, [T, D], and how many each prompt has."""
+        raise NotImplementedError
+
+    def __call__(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        latents, lengths = self.latents(prompts)
+        mask = mask_of(lengths, self.max_length)  # on the host, so that no position is read back from the device
+        where, mask = (x.to(latents.device, non_blocking=True) for x in (mask.flatten().nonzero()[:, 0], mask))
+        txt = latents.new_zeros(mask.numel(), latents.shape[1]).index_copy_(0, where, latents)
+        return txt.unflatten(0, mask.shape), mask
+
+
+def mask_of(lengths: list[int], L: int) -> Tensor:
+    """[B, L] bool, True where a prompt of so many tokens has one."""
+    return torch.arange(L) < torch.tensor(lengths)[:, None]
+
+
+class T5GemmaText(TextEncoder):
+    """The frozen T5Gemma encoder: last hidden state of up to L tokens.
 
     It computes no padding: prompts lie one after the other in one sequence, each attends to itself alone.
     """
@@ -733,21 +848,12 @@ class T5GemmaText:
         masks = {"full_attention": mask, "sliding_attention": mask}  # its window, 4096, is wider than any prompt
         return self.model(input_ids=ids[None], attention_mask=masks, position_ids=position[None]).last_hidden_state[0]
 
-    def __call__(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+    def latents(self, prompts: list[str]) -> tuple[Tensor, list[int]]:
         ids = self.tokenize(prompts)
-        latents = torch.cat([self.encode(pack) for pack in self.packs(ids)])
-        return pad_latents(latents, [len(tokens) for tokens in ids], self.max_length)
+        return torch.cat([self.encode(pack) for pack in self.packs(ids)]), [len(tokens) for tokens in ids]
 
 
-def pad_latents(latents: Tensor, lengths: list[int], L: int) -> tuple[Tensor, Tensor]:
-    """Latents of B prompts one after the other, [sum of lengths, D] -> txt [B, L, D], 0 behind each prompt, txt_mask [B, L]."""
-    mask = torch.arange(L) < torch.tensor(lengths)[:, None]  # made on the host: no position is read back from the device
-    where, mask = (x.to(latents.device, non_blocking=True) for x in (mask.flatten().nonzero()[:, 0], mask))
-    txt = latents.new_zeros(len(lengths) * L, latents.shape[1]).index_copy_(0, where, latents)
-    return txt.unflatten(0, (len(lengths), L)), mask
-
-
-class BuiltinText:
+class BuiltinText(TextEncoder):
     """A text encoder without weights, for small vocabularies: scenes and trials.
 
     Text tokens never mix inside PRX, so each must carry its phrase: a token is its word's fixed random vector plus those
@@ -760,7 +866,7 @@ class BuiltinText:
     def __init__(self, cfg: Config, device: torch.device):
         self.device, self.max_length, self.dim = device, cfg.text_tokens, cfg.text_dim
         self.ids: dict[str, int] = {}
-        self.table = torch.zeros(1, 2 * self.REACH + 1, self.dim)  # [words + 1, offsets, D]
+        self.table = torch.zeros(1, 2 * self.REACH + 1, self.dim, device=device)  # [words + 1, offsets, D]
 
     def word_id(self, word: str) -> int:
         """The word's row in the table of vectors, which grows as words are met; row 0 is no word."""
@@ -768,18 +874,19 @@ class BuiltinText:
             self.ids[word] = len(self.ids) + 1
             generator = tag_generator("cpu", "builtin text", word)
             vectors = torch.randn(1, 2 * self.REACH + 1, self.dim, generator=generator)  # one an offset
-            self.table = torch.cat([self.table, vectors / (2 * self.REACH + 1) ** 0.5])
+            vectors = (vectors / (2 * self.REACH + 1) ** 0.5).to(self.device, non_blocking=True)
+            self.table = torch.cat([self.table, vectors])
         return self.ids[word]
 
-    def __call__(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+    def latents(self, prompts: list[str]) -> tuple[Tensor, list[int]]:
         L, reach = self.max_length, self.REACH
         ids = torch.zeros(len(prompts), reach + L + reach, dtype=torch.int64)  # zeros on both sides: no word there
         for row, prompt in enumerate(prompts):
             words = [w for w in re.findall(r"\w+", prompt.lower()) if w not in self.FUNCTION_WORDS][:L]
             ids[row, reach : reach + len(words)] = torch.tensor([self.word_id(w) for w in words], dtype=torch.int64)
-        mask = ids[:, reach : reach + L] > 0
-        txt = sum(self.table[ids[:, k : k + L], k] for k in range(2 * reach + 1))  # [B, L, D]
-        return (txt * mask[:, :, None]).to(self.device), mask.to(self.device)
+        is_word = ids[:, reach : reach + L] > 0  # [B, L]
+        near = ids.unfold(1, 2 * reach + 1, 1)[is_word].to(self.device, non_blocking=True)  # [T, offsets]
+        return self.table[near, torch.arange(2 * reach + 1, device=self.device)].sum(1), is_word.sum(1).tolist()
 
 
 def load_text_encoder(cfg: Config, device: torch.device) -> TextEncoder:
@@ -792,15 +899,15 @@ def load_text_encoder(cfg: Config, device: torch.device) -> TextEncoder:
     return encoder
 
 
-class StoredPrompts:
+class StoredPrompts(TextEncoder):
     """The text encoder of a run whose data holds latents: it knows the empty prompt and those of the sample grids."""
 
-    def __init__(self, cfg: Config, latents: dict[str, Tensor], device: torch.device):
-        self.max_length, self.latents, self.device = cfg.text_tokens, latents, device
+    def __init__(self, cfg: Config, stored: dict[str, Tensor], device: torch.device):
+        self.max_length, self.stored, self.device = cfg.text_tokens, stored, device
 
-    def __call__(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
-        latents = [self.latents[prompt] for prompt in prompts]
-        return pad_latents(torch.cat(latents).to(self.device), [len(x) for x in latents], self.max_length)
+    def latents(self, prompts: list[str]) -> tuple[Tensor, list[int]]:
+        latents = [self.stored[prompt] for prompt in prompts]
+        return torch.cat(latents).to(self.device), [len(x) for x in latents]
 
 
 class Dino:
@@ -816,7 +923,7 @@ class Dino:
             hidden_size=768, num_hidden_layers=12, num_attention_heads=12, image_size=518, patch_size=14)),
     }
 
-    def __init__(self, model_id: str, weights: str, dtype: torch.dtype, device: torch.device, seed: int = 0):
+    def __init__(self, model_id: str, weights: str, dtype: torch.dtype, device: torch.device, seed: int = 0, compile: bool = False):
         from transformers import AutoConfig, AutoModel
 
         if weights == "pretrained":
@@ -833,6 +940,8 @@ class Dino:
                 torch.manual_seed(tag_seed(seed, "random", model_id))
                 model = AutoModel.from_config(config, dtype=dtype)
         self.model = model.eval().requires_grad_(False).to(device)
+        if compile:
+            compile_layers(self.model)
         self.dtype = dtype
         self.patch, self.dim = model.config.patch_size, model.config.hidden_size
         self.prefix = 1 + getattr(model.config, "num_register_tokens", 0)  # [CLS, registers, patches]
@@ -855,6 +964,13 @@ class Frozen:
     lpips: Callable[[Tensor, Tensor], Tensor] | None = None  # two images [B, 3, H, W] -> distance, B values
 
 
+def compile_layers(network: nn.Module) -> None:
+    """Compile each module of each stack of equal layers, in place: one compilation serves all of a stack."""
+    for stack in network.modules():
+        for layer in stack if isinstance(stack, nn.ModuleList) else []:
+            layer.compile(fullgraph=True, dynamic=False)
+
+
 def load_frozen(cfg: Config, device: torch.device) -> Frozen:
     """Load what the weights and stages of `cfg` ask for; raises UserError where a network cannot be had."""
     frozen = Frozen()
@@ -862,12 +978,12 @@ def load_frozen(cfg: Config, device: torch.device) -> Frozen:
         return frozen
     dtype = torch.bfloat16 if cfg.precision == "bf16" else torch.float32
     if cfg.repa_weight > 0 and any(stage.repa for stage in cfg.stages):
-        dino = Dino(cfg.repa_teacher, cfg.frozen, dtype, device, cfg.seed)
+        dino = Dino(cfg.repa_teacher, cfg.frozen, dtype, device, cfg.seed, compiles(cfg, device))
         if dino.dim != cfg.repa_dim:
             raise UserError(f"{cfg.repa_teacher} gives {dino.dim}-dim features, not {cfg.repa_dim}: pass --repa_dim={dino.dim}")
         frozen.teacher = lambda x0: dino(x0, size=(x0.shape[2] // cfg.patch * dino.patch, x0.shape[3] // cfg.patch * dino.patch))
     if cfg.pdino_weight > 0:
-        pdino = Dino(cfg.pdino_model, cfg.frozen, dtype, device, cfg.seed)
+        pdino = Dino(cfg.pdino_model, cfg.frozen, dtype, device, cfg.seed, compiles(cfg, device))
         frozen.pdino = lambda image: pdino(image, size=(224, 224))
     if cfg.lpips_weight > 0:
         frozen.lpips = load_lpips(cfg, device, dtype)
@@ -886,8 +1002,14 @@ def load_lpips(cfg: Config, device: torch.device, dtype: torch.dtype) -> Callabl
     except OSError as error:
         raise UserError(f"cannot load VGG16 for LPIPS: {error}; put vgg16-397923af.pth into {torch.hub.get_dir()}/checkpoints "
                         "(https://download.pytorch.org/models/vgg16-397923af.pth), or turn it off with --lpips_weight=0") from None
-    network = network.eval().requires_grad_(False).to(device, dtype)  # eval: its heads hold dropout
-    return lambda a, b: network(a.to(dtype), b.to(dtype)).float()
+    network = network.eval().requires_grad_(False).to(device, dtype, memory_format=torch.channels_last)  # eval: dropout in its heads
+    if compiles(cfg, device):
+        network.compile(fullgraph=True, dynamic=False)
+
+    def distance(*images: Tensor) -> Tensor:
+        return network(*(image.to(dtype, memory_format=torch.channels_last) for image in images)).float()
+
+    return distance
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -895,19 +1017,26 @@ def load_lpips(cfg: Config, device: torch.device, dtype: torch.dtype) -> Callabl
 
 
 def training_loss(model, frozen: Frozen, batch: dict[str, Tensor], cfg: Config, stage: Stage,
-                  generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-    """The weighted loss of one chunk and its unweighted terms, both 0-dim, on the device.
+                  generator: torch.Generator | list[torch.Generator]) -> tuple[Tensor, dict[str, Tensor]]:
+    """The weighted loss of one chunk, or the mean of several, and its unweighted terms, all 0-dim, on the device.
 
-    batch: x0 [B, 3, H, W] in [-1, 1], txt [B, L, D], txt_mask [B, L] bool, captions already dropped. Timesteps, noise and
-    routed tokens are drawn from `generator`, which lives on the device of x0. A term is on where its weight is positive
-    and its network is there; REPA also needs a stage with `repa`.
+    batch: x0 [B, 3, H, W] in [-1, 1], txt [B, L, D] (or [T, D], without padding), txt_mask [B, L] bool, captions already
+    dropped. Timesteps, noise and routed tokens are drawn from `generator`, one for each chunk of equally many rows, on the
+    device of x0. A term is on where its weight is positive and its network is there; REPA also needs a stage with `repa`.
     """
     x0 = batch["x0"]
     B, _, H, W = x0.shape
-    N = (H // cfg.patch) * (W // cfg.patch)
-    t = sample_timesteps(cfg, B, x0.device, generator)
-    eps = cfg.noise_scale * torch.randn(x0.shape, device=x0.device, generator=generator)
-    ids_keep = draw_ids_keep(B, N, cfg.drop, x0.device, generator) if cfg.drop > 0 else None
+    N, device = (H // cfg.patch) * (W // cfg.patch), x0.device
+    generators = generator if isinstance(generator, list) else [generator]
+    rows = B // len(generators)
+    t = torch.cat([sample_timesteps(cfg, rows, device, g) for g in generators])
+    eps = cfg.noise_scale * torch.cat([torch.randn(rows, 3, H, W, device=device, generator=g) for g in generators])
+    ids_keep = torch.cat([draw_ids_keep(rows, N, cfg.drop, device, g) for g in generators]) if cfg.drop > 0 else None
+
+    on = term_names(cfg, frozen, stage)
+    with torch.no_grad():  # before the model, whose weights may still be on their way from other GPUs
+        pdino_target = frozen.pdino(x0) if "pdino" in on else None  # [B, P, D]
+        repa_target = frozen.teacher(x0) if "repa" in on else None  # [B, N, D]
 
     x0_hat, feat = model(add_noise(x0, eps, t), t, batch["txt"], batch["txt_mask"], ids_keep)
 
@@ -916,23 +1045,19 @@ def training_loss(model, frozen: Frozen, batch: dict[str, Tensor], cfg: Config, 
     terms = {"flow": (error / t.clamp(min=T_MIN) ** cfg.t_power).mean()}
     loss = terms["flow"]
 
-    if frozen.lpips is not None and cfg.lpips_weight > 0:
+    if "lpips" in on:
         half = [F.interpolate(image, scale_factor=0.5, mode="bilinear", align_corners=False) for image in (x0_hat, x0)]
         terms["lpips"] = frozen.lpips(*half).mean()
         loss = loss + cfg.lpips_weight * terms["lpips"]
 
-    if frozen.pdino is not None and cfg.pdino_weight > 0:
-        with torch.no_grad():
-            target = frozen.pdino(x0)  # [B, P, D]
-        terms["pdino"] = 1 - F.cosine_similarity(frozen.pdino(x0_hat), target, dim=-1).mean()
+    if "pdino" in on:
+        terms["pdino"] = 1 - F.cosine_similarity(frozen.pdino(x0_hat), pdino_target, dim=-1).mean()
         loss = loss + cfg.pdino_weight * terms["pdino"]
 
-    if frozen.teacher is not None and stage.repa and cfg.repa_weight > 0:
-        with torch.no_grad():
-            target = frozen.teacher(x0)  # [B, N, D]
+    if "repa" in on:
         if feat.shape[1] < N:
-            target = gather_tokens(target, ids_keep)  # [B, N, D] -> [B, N_keep, D]
-        terms["repa"] = -F.cosine_similarity(model.repa_projector(feat).float(), target, dim=-1).mean()
+            repa_target = gather_tokens(repa_target, ids_keep)  # [B, N, D] -> [B, N_keep, D]
+        terms["repa"] = -F.cosine_similarity(model.repa_projector(feat).float(), repa_target, dim=-1).mean()
         loss = loss + cfg.repa_weight * terms["repa"]
 
     return loss, {name: term.detach() for name, term in terms.items()}
@@ -1069,14 +1194,11 @@ def arrived(raw: dict, copied: torch.cuda.Event) -> dict:
 
 
 def make_batch(raw: dict, encode_text: TextEncoder, device: torch.device) -> dict[str, Tensor]:
-    """A chunk of rows -> x0 [B, 3, H, W] in [-1, 1], txt [B, L, D], txt_mask [B, L], on the device."""
-    if "latents" in raw:
-        txt, txt_mask = pad_latents(raw["latents"].to(device, non_blocking=True), raw["lengths"], encode_text.max_length)
-    else:
-        txt, txt_mask = encode_text(raw["captions"])
-    images = raw["images"].to(device, non_blocking=True)
-    x0 = images.to(torch.float32, memory_format=torch.contiguous_format) / 127.5 - 1
-    return {"x0": x0, "txt": txt, "txt_mask": txt_mask}
+    """A chunk of rows -> x0 [B, 3, H, W] in [-1, 1], txt [T, D], the tokens that txt_mask [B, L] counts, on the device."""
+    txt, lengths = (raw["latents"], raw["lengths"]) if "latents" in raw else encode_text.latents(raw["captions"])
+    on_device = [x.to(device, non_blocking=True) for x in (raw["images"], txt, mask_of(lengths, encode_text.max_length))]
+    x0 = on_device[0].to(torch.float32, memory_format=torch.contiguous_format) / 127.5 - 1
+    return {"x0": x0, "txt": on_device[1], "txt_mask": on_device[2]}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1097,11 +1219,19 @@ def build_model(cfg: Config, mesh: DeviceMesh, device: torch.device) -> PRX:
     # REPA's projector goes with the root: torch 2.11 fails in backward on a unit of its own whose forward never ran
     for unit in [*model.blocks, model]:
         if compiles(cfg, device) and isinstance(unit, Block):
-            unit.compile(dynamic=False)  # in place: no `_orig_mod` in any name
+            unit.compile(fullgraph=True, dynamic=False)  # in place: no `_orig_mod` in any name
         fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+        register_fsdp_forward_method(unit, "text_keys")
     model.to_empty(device=device)
     model.init_weights(cfg.seed)
     return model
+
+
+def begin_gather(model: nn.Module) -> None:
+    """Begin to gather all weights that are not; the blocks wait for theirs, and what runs before them hides it."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.unshard(async_op=True)
 
 
 def reshard(model: nn.Module) -> None:
@@ -1161,7 +1291,7 @@ def build_optimizer(model: nn.Module, cfg: Config) -> Muon:
          "ns_steps": cfg.ns_steps, "ns_dtype": ns_dtype, "weight_decay": 0.0},
         {"params": others, "use_muon": False, "lr": cfg.adam_lr, "betas": cfg.adam_betas, "eps": cfg.adam_eps,
          "weight_decay": 0.0},
-    ])
+    ], compile=cfg.compile and matrices[0].is_cuda)  # on a CPU it takes a minute and saves little
 
 
 def lr_factor(cfg: Config, step: int) -> float:
@@ -1171,21 +1301,16 @@ def lr_factor(cfg: Config, step: int) -> float:
 
 
 @torch.no_grad()
-def clip_gradients(model: nn.Module, max_norm: float, loss: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale the gradients to a global norm of at most `max_norm`.
+def gradient_norm(model: nn.Module, loss: Tensor) -> tuple[Tensor, Tensor]:
+    """The global gradient norm, and ok: 0 on all ranks where the norm or a rank's `loss` is not finite, else 1.
 
-    Returns the norm before clipping and ok, both 0-dim on the device; where the norm or a rank's `loss` is not finite, ok
-    is 0 on all ranks and all gradients are 0, so that `Muon.step(ok)` leaves everything as it was. Collective.
+    Both 0-dim, on the device. Collective.
     """
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     replicas = grads[0].device_mesh.mesh[..., 0].numel() if isinstance(grads[0], DTensor) else 1  # each holds all shards
     squared = squared_norm(grads) / replicas + 0 * loss  # 0 times a loss that is not finite is not finite either
     dist.all_reduce(squared)
-    norm, ok = squared.sqrt(), squared.isfinite()
-    torch._foreach_mul_(local(grads), (max_norm / (norm + 1e-6)).clamp(max=1.0))
-    for grad in local(grads):
-        grad.masked_fill_(~ok, 0.0)
-    return norm, ok.float()
+    return squared.sqrt(), squared.isfinite().float()
 
 
 def squared_norm(tensors: list[Tensor]) -> Tensor:
@@ -1201,22 +1326,26 @@ def train_step(model: PRX, optimizer: Muon, ema: EMA, frozen: Frozen, batches: I
     step was skipped; by name, squared norms of this rank's part of the `watched` parameters, their gradients and updates.
     """
     mine = stage.global_batch // cfg.micro_batch // dist.get_world_size()  # chunks of a step that this rank runs
+    together = max(n for n in range(1, cfg.chunks_at_once + 1) if mine % n == 0)
     values = 0.0
-    for k in range(mine):
-        batch = next(batches)
-        model.set_requires_gradient_sync(k == mine - 1)
-        model.set_reshard_after_backward(k == mine - 1)
-        generator = tag_generator(batch["x0"].device, cfg.seed, step, dist.get_rank() * mine + k)
-        loss, terms = training_loss(model, frozen, batch, cfg, stage, generator)
-        (loss / mine).backward()
-        values = values + torch.stack([loss.detach(), *terms.values()]) / mine
+    for k in range(0, mine, together):
+        chunks = [next(batches) for _ in range(together)]
+        batch = {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
+        last = k + together == mine
+        model.set_requires_gradient_sync(last)
+        model.set_reshard_after_backward(last)
+        begin_gather(model)
+        generators = [tag_generator(batch["x0"].device, cfg.seed, step, dist.get_rank() * mine + k + j) for j in range(together)]
+        loss, terms = training_loss(model, frozen, batch, cfg, stage, generators)
+        (loss * together / mine).backward()
+        values = values + torch.stack([loss.detach(), *terms.values()]) * (together / mine)
     norms = {f"grad_norm/{name}": squared_norm([p.grad for p in params]) for name, params in watched.items()}
     before = {name: [w.clone() for w in local(params)] for name, params in watched.items()}
 
-    norm, ok = clip_gradients(model, cfg.grad_clip, values[0])
+    norm, ok = gradient_norm(model, values[0])
     for group in optimizer.param_groups:
         group["lr"] = lr_factor(cfg, step) * (cfg.lr if group["use_muon"] else cfg.adam_lr)
-    optimizer.step(ok)
+    optimizer.step(ok, scale=(cfg.grad_clip / (norm + 1e-6)).clamp(max=1.0))  # clipped as torch.nn.utils.clip_grad_norm_ does
     optimizer.zero_grad()
     if step % cfg.ema_every == 0:
         ema.update(cfg.ema)
@@ -1554,8 +1683,8 @@ def main(argv: list[str]) -> None:
             finished = train(cfg, resume, device, mesh, watch)
         except torch.OutOfMemoryError:
             sizes = ", ".join(f"{stage.image_size}px" for stage in cfg.stages)
-            raise UserError(f"out of GPU memory with chunks of {cfg.micro_batch} images at {sizes}: lower --micro_batch, which "
-                            "keeps the global batch, or the image size in --stages") from None
+            raise UserError(f"out of GPU memory with {cfg.chunks_at_once} chunks of {cfg.micro_batch} images at a time, at {sizes}: pass "
+                            "--chunks_at_once=1, then a lower --micro_batch, which keeps the global batch, or smaller --stages") from None
     gc.collect()  # model and gradients first: gloo processes otherwise sometimes abort after success
     dist.barrier()
     dist.destroy_process_group()

@@ -96,7 +96,7 @@ class Watch(TorchFunctionMode):
 def count_loss(model: PRX, frozen: Frozen, cfg: Config, stage: Stage) -> tuple[int, Watch]:
     """FLOP of a chunk's forward and backward pass, and what was kept between them."""
     B, S, L = cfg.micro_batch, stage.image_size, cfg.text_tokens
-    batch = {"x0": torch.empty(B, 3, S, S, device=META), "txt": torch.empty(B, L, cfg.text_dim, device=META),
+    batch = {"x0": torch.empty(B, 3, S, S, device=META), "txt": torch.empty(B * L, cfg.text_dim, device=META),
              "txt_mask": torch.ones(B, L, dtype=torch.bool, device=META)}
     watch = Watch(model)
     with FlopCounterMode(display=False) as counter, watch:
@@ -111,7 +111,7 @@ def count_stage(cfg: Config, stage: Stage) -> tuple[dict[str, float], int, int]:
     chunk keeps for its backward pass, bytes of frozen weights."""
     with META:
         model = PRX(cfg).to(torch.bfloat16 if cfg.precision == "bf16" else torch.float32)
-        frozen = load_frozen(random_frozen(cfg), META)
+        frozen = load_frozen(replace(random_frozen(cfg), compile=False), META)
     on = Frozen()
     before, watch = count_loss(model, on, cfg, stage)
     parts = {"denoiser": before / cfg.micro_batch}

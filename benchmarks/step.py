@@ -45,7 +45,7 @@ from sample import diffusers_config, to_diffusers  # noqa: E402
 from scenes import caption, make_scenes, render  # noqa: E402
 from shards import UserError  # noqa: E402
 from train_prx import (  # noqa: E402
-    EMA, PRESETS, BuiltinText, Config, Frozen, Parser, Stage, build_model, build_optimizer, clip_gradients, gather_tokens,
+    EMA, PRESETS, BuiltinText, Config, Frozen, Parser, Stage, build_model, build_optimizer, gather_tokens, gradient_norm,
     load_frozen, lr_factor, parse_config, run_main, tag_generator, train_step, training_loss)
 
 ARMS = ("ours", "diffusers", "diffusers-routed", "prx", "prx-routed")
@@ -342,7 +342,7 @@ def time_parts(ours: Ours, batch: Batch, counted: dict[str, float], peak: float,
         say("P-DINO, two forwards and a gradient", target + median(lambda: frozen.pdino(leaf()).square().mean().backward()),
             counted["pdino"] * B)
     size = sum(w.numel() * w.element_size() for w in weights)
-    say("global norm and clipping", median(lambda: clip_gradients(model, cfg.grad_clip, torch.zeros((), device=device))), moved=3 * size)
+    say("global norm", median(lambda: gradient_norm(model, torch.zeros((), device=device))), moved=size)
     say("optimizer", median(ours.optimizer.step), moved=5 * size)
     say("averaged weights, one step in " + str(cfg.ema_every), median(lambda: ours.ema.update(cfg.ema)), moved=3 * size)
 
@@ -404,7 +404,7 @@ def bench(own, cfg: Config, stage: Stage, mesh: DeviceMesh, device: torch.device
     """What `main` does, within a process group."""
     peak, bandwidth = measured_peak(device, dtype), measured_bandwidth(device)
     batches = make_batches(cfg, stage, 4 * own.batch // cfg.micro_batch, device)
-    tokens = torch.stack([batch["txt_mask"].sum() for batch in batches]).sum().item() / (len(batches) * cfg.micro_batch)
+    tokens = sum(len(batch["txt"][batch["txt_mask"]]) for batch in batches) / (len(batches) * cfg.micro_batch)
     print(f"{hardware(device)}, torch {torch.__version__}; measured peak {peak / 1e12:.2f} TFLOP/s on {dtype} matrices, "
           f"{bandwidth / 1e9:.0f} GB/s copied")
     print(f"{own.preset}, {stage.image_size}px, {own.batch} images a step in chunks of {cfg.micro_batch}, {cfg.precision}, "
@@ -417,7 +417,9 @@ def bench(own, cfg: Config, stage: Stage, mesh: DeviceMesh, device: torch.device
     flop |= {name: flop[name] - counted["denoiser"] + count_stage(replace(real, drop=0.0), stage)[0]["denoiser"]
              for name in ("diffusers", "prx")}
     per_step = own.batch // cfg.micro_batch
-    chunks = [batches[i : i + per_step] for i in range(0, len(batches), per_step)]
+    padded = [batches[i : i + per_step] for i in range(0, len(batches), per_step)]
+    packed = [[{**batch, "txt": batch["txt"][batch["txt_mask"]]} for batch in step] for step in padded]  # as `make_batch` has it
+    chunks = {name: packed if name == "ours" else padded for name in own.arms}
 
     arms, resident = [], {}
     for name in own.arms:
@@ -426,13 +428,13 @@ def bench(own, cfg: Config, stage: Stage, mesh: DeviceMesh, device: torch.device
                Assembled(name, cfg, stage, frozen, mesh, device, arms[0], own.prx))
         if arms:
             print(f"{name}: {compare(arms[0], arm, batches[0])}")
-        arm.step(chunks[0], 0)  # its state
+        arm.step(chunks[name][0], 0)  # its state
         resident[name] = torch.cuda.memory_allocated() - before if device.type == "cuda" else 0
         arms.append(arm)
     if own.parts:
-        time_parts(arms[0], batches[0], counted, peak, bandwidth, device)
+        time_parts(arms[0], packed[0][0], counted, peak, bandwidth, device)
     else:
-        times = time_arms(arms, dict.fromkeys(own.arms, chunks), own.warmup, own.rounds, own.steps, device)
+        times = time_arms(arms, chunks, own.warmup, own.rounds, own.steps, device)
         report(arms, times, resident, own.batch, flop, peak)
 
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+import torch.nn.functional as F
 from conftest import fork_context
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -24,8 +25,9 @@ from torch.distributed.tensor import DTensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import train_prx  # noqa: E402
 from sample import diffusers_config, from_diffusers, to_diffusers  # noqa: E402
-from train_prx import (PRX, Config, RMSNorm, apply_rotary, attention_mask, build_model, build_optimizer,  # noqa: E402
+from train_prx import (PRX, Config, Keys, RMSNorm, Text, apply_rotary, build_model, build_optimizer,  # noqa: E402
                        draw_ids_keep, gather_tokens, rotary_table)
 
 TINY = Config(patch=4, bottleneck=12, width=48, depth=6, heads=3, text_dim=20, text_tokens=7, route_start=1, route_end=-1,
@@ -64,9 +66,9 @@ class Recorder(nn.Module):
         super().__init__()
         self.block = block
 
-    def forward(self, img, txt, c, rope, mask):
+    def forward(self, img, text, c, rope, keys, txt_kv):
         self.seen, self.rope = img.detach(), rope
-        out = self.block(img, txt, c, rope, mask)
+        out = self.block(img, text, c, rope, keys, txt_kv)
         self.made = out.detach()
         return out
 
@@ -268,8 +270,11 @@ def test_a_routed_block_computes_what_the_dense_block_does_with_the_others_maske
     model(x_t, t, txt, mask, ids_keep)
     got = recorder.made
     model(x_t, t, txt, mask)
-    keys = torch.cat([mask, ~dropped(ids_keep, 12)], dim=1)[:, None, None]  # [B, 1, 1, L + N]
-    dense = block(recorder.seen, model.txt_in(txt), model.time_in(t), rotary_table(2, 6, 16, 1e4, x_t.device), keys)
+    text = model.read_text(txt, mask)
+    keys = Keys.lay_out(text, 3, 12, padded=True)
+    away = dropped(ids_keep, 12).flatten()
+    masked = keys.mask.flatten().index_fill(0, keys.image_at[away], False).view(keys.mask.shape)
+    dense = block(recorder.seen, text, model.time_in(t), rotary_table(2, 6, 16, 1e4, x_t.device), keys._replace(mask=masked))
     assert relative(got, dense.gather(1, ids_keep[:, :, None].expand(-1, -1, 48))) < 1e-5  # measured 2e-7
 
 
@@ -552,10 +557,69 @@ def test_the_order_of_text_tokens_does_not_matter():
     assert relative(model(x_t, t, txt[:, order], mask[:, order])[0], model(x_t, t, txt, mask)[0]) < 1e-5  # measured 3e-7
 
 
-def test_image_tokens_always_count():
-    mask = attention_mask(torch.tensor([[True, False], [False, False]]), torch.zeros(2, 3, 8))
-    assert mask.tolist() == [[[[True, False, True, True, True]]], [[[False, False, True, True, True]]]]
-    assert attention_mask(None, torch.zeros(2, 3, 8)) is None
+def test_keys_lie_text_first_close_together_or_in_equal_rows():
+    text = Text(torch.zeros(3, 8), torch.tensor([2, 0, 1]), longest=4)  # 3 prompts of 2, 0 and 1 tokens
+    close, padded = (Keys.lay_out(text, 3, 2, padded) for padded in (False, True))  # 2 image tokens each
+    assert close.text_at.tolist() == [0, 1, 6] and close.image_at.tolist() == [2, 3, 4, 5, 7, 8]
+    assert close.key_starts.tolist() == [0, 4, 6, 9] and close.query_starts.tolist() == [0, 2, 4, 6] and close.mask is None
+    assert padded.text_at.tolist() == [0, 1, 12] and padded.image_at.tolist() == [2, 3, 6, 7, 13, 14]
+    rows = torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0]], dtype=torch.bool)
+    assert torch.equal(padded.mask[:, 0, 0], rows) and padded.longest == close.longest == 6
+
+
+def each_alone(q, k, v, query_starts, key_starts, most_queries, most_keys):
+    """What `varlen_attn` computes: every sequence by itself; it also checks what is promised to it."""
+    out = []
+    assert query_starts.dtype == key_starts.dtype == torch.int32 and q.is_contiguous() and k.is_contiguous() and v.is_contiguous()
+    assert len(q) == query_starts[-1] and len(k) == len(v) == key_starts[-1]
+    for a, b, c, d in zip(query_starts, query_starts[1:], key_starts, key_starts[1:]):
+        assert b - a <= most_queries and d - c <= most_keys
+        one = F.scaled_dot_product_attention(*(x[None].transpose(1, 2) for x in (q[a:b], k[c:d], v[c:d])))
+        out.append(one.transpose(1, 2)[0])
+    return torch.cat(out)
+
+
+@pytest.mark.parametrize("routed", [False, True])
+def test_attention_without_padding_equals_masked_attention(monkeypatch, routed):
+    """The layout and gradients of the GPU's path, its kernel played by a loop; prompts of 7, 4, 0 tokens."""
+    def run() -> list[Tensor]:
+        model = perturb(PRX(TINY))
+        x_t, t, txt, _ = inputs()
+        mask = torch.tensor([[True] * 7, [True, False, True, True, False, True, False], [False] * 7])
+        x0_hat, feat = model(x_t, t, txt, mask, draw_ids_keep(3, 16, 0.5, "cpu", generator(0)) if routed else None)
+        (x0_hat.square().mean() + feat.square().mean()).backward()
+        return [x0_hat, feat, *(p.grad for name, p in model.named_parameters() if "repa" not in name)]
+
+    masked = run()
+    monkeypatch.setattr(train_prx, "varlen_attn", each_alone)
+    monkeypatch.setattr(train_prx, "has_flash_attention", lambda img, head_dim: True)
+    assert max(relative(a, b) for a, b in zip(run(), masked)) < 1e-5  # measured 1e-6
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="flash attention needs a GPU")
+@pytest.mark.parametrize("routed", [False, True])
+def test_flash_attention_without_padding_equals_masked_attention_on_a_gpu(monkeypatch, routed):
+    def run() -> list[Tensor]:
+        model = perturb(PRX(replace(TINY, width=128, heads=2))).cuda().bfloat16()
+        x_t, t, txt, mask = (x.cuda() for x in inputs())
+        ids_keep = draw_ids_keep(3, 16, 0.5, "cpu", generator(0)).cuda() if routed else None
+        x0_hat, feat = model(x_t, t, txt, mask, ids_keep)
+        (x0_hat.square().mean() + feat.float().square().mean()).backward()
+        return [x0_hat, feat, *(p.grad for name, p in model.named_parameters() if "repa" not in name)]
+
+    flash = run()
+    monkeypatch.setattr(train_prx, "has_flash_attention", lambda img, head_dim: False)
+    assert max(relative(a.float(), b.float()) for a, b in zip(flash, run())) < 3e-2  # bf16
+
+
+def test_prompts_without_padding_give_what_padded_ones_do():
+    model = perturb(PRX(TINY))
+    x_t, t, txt, mask = inputs()
+    padded, packed = model(x_t, t, txt, mask)[0], model(x_t, t, txt[mask], mask)[0]
+    assert torch.equal(padded, packed)
+    with torch.no_grad():
+        known = model.text_keys(txt, mask)
+        assert relative(model(x_t, t, known)[0], padded) < 1e-6 and len(known.keys) == TINY.depth
 
 
 def test_gather_tokens_takes_each_samples_own():
