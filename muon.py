@@ -190,7 +190,7 @@ def update_momenta(grads: list[Tensor], momenta: list[Tensor], ok: Tensor, scale
 def apply_updates(weights: list[Tensor], updates: list[Tensor], lr: Tensor, factors: list[float], weight_decay: float) -> None:
     """Step each weight in place along its update, with its own factor on the learning rate."""
     for weight, update, factor in zip(weights, updates, factors):
-        weight.mul_(1 - weight_decay * lr).sub_(lr * factor * update)
+        weight.mul_(1 - weight_decay * lr).addcmul_(update, lr * factor, value=-1)
 
 
 def local(tensors: list[Tensor]) -> list[Tensor]:

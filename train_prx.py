@@ -591,7 +591,7 @@ class Block(nn.Module):
         return self.k_norm(k), v
 
     def forward(self, img: Tensor, text: Text, c: Tensor, rope: Tensor, keys: Keys,
-                txt_kv: tuple[Tensor, Tensor] | None = None) -> Tensor:
+                txt_kv: tuple[Tensor, ...] = ()) -> Tensor:
         """img [B, N, C], text of T tokens, c [B, C], rope [B or 1, N, d / 2, 2] -> [B, N, C].
 
         txt_kv: `text_keys` of the text's tokens, where they are known already.
@@ -671,6 +671,7 @@ class PRX(nn.Module):
     def text_keys(self, txt: Tensor, txt_mask: Tensor | None) -> Text:
         """Prompts with the keys and values of all blocks: what sampling computes once, not once a step."""
         text = self.read_text(txt, txt_mask)
+        text.longest = min(text.longest, -(-int(text.lengths.max()) // 32) * 32)  # once a prompt, the host may wait for a number
         text.keys = [block.text_keys(text.tokens) for block in self.blocks]
         return text
 
@@ -699,9 +700,10 @@ class PRX(nn.Module):
                 all_img, img = img, gather_tokens(img, ids_keep)  # [B, N, C] -> [B, N_keep, C]
                 rope = gather_tokens(rope.flatten(2).expand(B, -1, -1), ids_keep).unflatten(-1, (-1, 2))
             keys = key_layout(text, img, cfg.width // cfg.heads)
-            for x in (text.tokens, keys.text_at):
+            txt_kv = text.keys[i] if text.keys else ()
+            for x in (text.tokens, keys.text_at, *txt_kv):
                 torch._dynamo.maybe_mark_dynamic(x, 0)  # T is another in every batch; one compiled block serves all
-            img = block(img, text, c, rope, keys, text.keys[i] if text.keys else None)
+            img = block(img, text, c, rope, keys, txt_kv)
             if i + 1 == cfg.repa_depth:
                 feat = img
             if ids_keep is not None and i + 1 == cfg.route.stop:

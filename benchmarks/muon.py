@@ -59,7 +59,7 @@ Found = dict[str, tuple[float, list[float]]]  # arm -> its largest difference, t
 
 
 def ours(params: list[Tensor], dtype: torch.dtype = torch.bfloat16) -> Muon:
-    return Muon([{"params": params, "use_muon": True, "ns_dtype": dtype, **SAME}])
+    return Muon([{"params": params, "use_muon": True, "ns_dtype": dtype, **SAME}], compile=params[0].is_cuda)
 
 
 def torchs(params: list[Tensor]) -> torch.optim.Muon:
@@ -176,7 +176,7 @@ def worker(rank: int, ranks: int, folder: str, names: list[str], shapes: list[to
 
 def spread(seconds: list[float]) -> str:
     """Two columns: median and range in ms."""
-    return f"{1e3 * statistics.median(seconds):10.1f}{f'{1e3 * min(seconds):.1f} to {1e3 * max(seconds):.1f}':>18}"
+    return f"{1e3 * statistics.median(seconds):10.1f}{f'{1e3 * min(seconds):.1f} to {1e3 * max(seconds):.1f}':>21}"
 
 
 def compare(ranks: int, shapes: list[torch.Size], device: torch.device, rounds: int) -> None:
@@ -192,7 +192,7 @@ def compare(ranks: int, shapes: list[torch.Size], device: torch.device, rounds: 
         if not difference <= TOLERANCE:
             raise UserError(f"the first update of {name} is {difference:.2g} of its norm from torch.optim.Muon's of whole "
                             f"matrices; bf16 explains {TOLERANCE:g}")
-    print(f"  {'arm':18}{'median ms':>10}{'min to max':>18}{'/ ours':>9}{'difference':>12}")
+    print(f"  {'arm':18}{'median ms':>10}{'min to max':>21}{'/ ours':>9}{'difference':>12}")
     for name in ARMS:
         if missing(name, device):
             print(f"  {name:18}not measured: {missing(name, device)}")
@@ -322,7 +322,7 @@ def main(argv: list[str]) -> None:
     if "fake" in settings:
         shapes = begin("one rank alone, ours, nothing is sent", one, threads_of(1))
         torch.set_num_threads(threads_of(1))
-        print(f"  {'rank':11}{'median ms':>10}{'min to max':>18}{'matrices':>10}{'TFLOP':>10}{'/ mean':>8}"
+        print(f"  {'rank':11}{'median ms':>10}{'min to max':>21}{'matrices':>10}{'TFLOP':>10}{'/ mean':>8}"
               f"{'node, MB out / in':>20}{'beyond, MB out / in':>20}{'MB peak':>14}")
         for world in WORLDS:
             if args.rank < world:

@@ -19,28 +19,31 @@ Before anything is timed, an arm's loss and gradients are compared with ours fro
 what starts at zero is drawn from N(0, 0.02): the backward pass would otherwise multiply zeros, and a GPU clocks higher on
 those. With `--ranks`, collectives copy within the process: what they would wait for is not in the time.
 """
+import contextlib
 import gc
 import logging
 import statistics
 import sys
 import time
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import clip_grad_norm_
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from alone import rank_of  # noqa: E402
+from benchmarks.muon import loop_back  # noqa: E402
+from benchmarks.plan import clock, count_stage, hardware, random_frozen, size_text, synthetic_batch  # noqa: E402
 from muon import local  # noqa: E402
-from plan import clock, count_stage, hardware, random_frozen, size_text, synthetic_batch  # noqa: E402
 from sample import diffusers_config, to_diffusers  # noqa: E402
 from scenes import caption, make_scenes, render  # noqa: E402
 from shards import UserError  # noqa: E402
@@ -241,6 +244,24 @@ def compare(ours: Ours, theirs: Assembled, batch: Batch) -> str:
 # Time
 
 
+@contextlib.contextmanager
+def rank_of(ranks: int, rank: int, gpus_a_node: int, device: torch.device) -> Iterator[DeviceMesh]:
+    """The mesh that rank `rank` of `ranks` has; of several ranks the others do not exist, and collectives copy in place."""
+    names, shape = ("shard",), (min(ranks, gpus_a_node),)
+    if ranks > gpus_a_node:
+        names, shape = ("replicate", "shard"), (ranks // gpus_a_node, gpus_a_node)
+    if ranks > 1:
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
+    else:
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with loop_back() if ranks > 1 else contextlib.nullcontext():
+            yield init_device_mesh(device.type, shape, mesh_dim_names=names)
+    finally:
+        dist.destroy_process_group()
+
+
 def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of this device on square matrices of random numbers, the median of 20."""
     n = 8192 if device.type == "cuda" else 1024
@@ -368,6 +389,8 @@ def parse_flags(argv: list[str]):
     parser.add_argument("--rounds", type=int, default=5, help="rounds in which the arms take turns")
     parser.add_argument("--steps", type=int, default=20, help="steps of a round")
     own, others = parser.parse_known_args(argv)
+    if not torch.cuda.is_available():
+        others = ["--precision=fp32", *others]  # a CPU is slow in bf16, and fp32 shows that arms compute the same
     cfg, _ = parse_config([f"--preset={own.preset}", *others])
     own.arms = own.arms.split(",")
     if own.arms[0] != "ours" or not set(own.arms) <= set(ARMS):
