@@ -272,7 +272,7 @@ class Muon(torch.optim.Optimizer):
         steps = [self.state[p]["step"] for p in params]
         exp_avg = local([self.state[p]["exp_avg"] for p in params])
         exp_avg_sq = local([self.state[p]["exp_avg_sq"] for p in params])
-        torch._foreach_add_(steps, ok)
+        torch._foreach_add_(steps, [ok] * len(steps))
         torch._foreach_mul_(exp_avg, torch.where(ok > 0, beta1, 1.0))
         torch._foreach_add_(exp_avg, grads, alpha=1 - beta1)
         torch._foreach_mul_(exp_avg_sq, torch.where(ok > 0, beta2, 1.0))

@@ -1320,6 +1320,11 @@ def squared_norm(tensors: list[Tensor]) -> Tensor:
     return torch.stack(torch._foreach_norm(local(tensors))).square().sum()
 
 
+def chunks_together(cfg: Config, mine: int) -> int:
+    """How many of a rank's `mine` chunks pass the network at a time: the most that `chunks_at_once` allows, equally many each."""
+    return max(n for n in range(1, cfg.chunks_at_once + 1) if mine % n == 0)
+
+
 def train_step(model: PRX, optimizer: Muon, ema: EMA, frozen: Frozen, batches: Iterator[dict[str, Tensor]], cfg: Config,
                stage: Stage, step: int, watched: dict[str, list[Tensor]]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Step `step` (0-based) of the run on this rank's chunks, which are the next of `batches`.
@@ -1328,7 +1333,7 @@ def train_step(model: PRX, optimizer: Muon, ema: EMA, frozen: Frozen, batches: I
     step was skipped; by name, squared norms of this rank's part of the `watched` parameters, their gradients and updates.
     """
     mine = stage.global_batch // cfg.micro_batch // dist.get_world_size()  # chunks of a step that this rank runs
-    together = max(n for n in range(1, cfg.chunks_at_once + 1) if mine % n == 0)
+    together = chunks_together(cfg, mine)
     values = 0.0
     for k in range(0, mine, together):
         chunks = [next(batches) for _ in range(together)]

@@ -36,8 +36,8 @@ from data_prep import SETS  # noqa: E402
 from muon import Muon, assign_owners, local, newton_schulz_cost  # noqa: E402
 from shards import RowSet, UserError, read_manifest, text_folder  # noqa: E402
 from train_prx import (  # noqa: E402
-    EMA, FALLBACKS, PRESETS, PRX, Config, Frozen, Parser, Stage, build_model, build_optimizer, compiles, last_step, load_frozen,
-    parse_config, run_main, stage_spans, train_step, training_loss)
+    EMA, FALLBACKS, PRESETS, PRX, Config, Frozen, Parser, Stage, build_model, build_optimizer, chunks_together, compiles, last_step,
+    load_frozen, parse_config, run_main, stage_spans, train_step, training_loss)
 
 META = torch.device("meta")
 PEAK = 790e12  # FLOP/s of an H200 on dense bf16 matrices of random numbers, measured
@@ -212,7 +212,8 @@ def synthetic_batch(cfg: Config, stage: Stage, device: torch.device, seed: int =
     f = torch.hypot(torch.fft.fftfreq(S)[:, None], torch.fft.rfftfreq(S))  # [S, S / 2 + 1]
     f[0, 0] = math.inf
     x0 = torch.fft.irfft2(torch.fft.rfft2(torch.randn(B, 3, S, S, generator=generator)) / f, s=(S, S))
-    mask = torch.arange(L) < torch.randint(L // 16, L + 1, (B, 1), generator=generator)  # [B, L]
+    lengths = (L / 2 + 3 * L / 16 * torch.randn(B, 1, generator=generator)).clamp(1, L)  # of 256: 128 on average, 80 to 176 for most
+    mask = torch.arange(L) < lengths  # [B, L]
     txt = torch.randn(B, L, cfg.text_dim, generator=generator) * mask[:, :, None]
     txt = txt if cfg.text_encoder == "builtin" else txt.bfloat16()  # as latents are stored
     return {"x0": (0.4 * x0 / x0.std()).clamp(-1, 1).to(device), "txt": txt.to(device), "txt_mask": mask.to(device)}
@@ -508,14 +509,16 @@ def main(argv: list[str]) -> None:
 
     print("\nMemory of a rank, at most")
     state = state_bytes(cfg, shards)
-    if any(stage.global_batch // cfg.micro_batch > gpus for stage, _ in spans):
-        state["whole gradients, between chunks"] = 4 * whole
+    mine = [stage.global_batch // cfg.micro_batch // gpus for stage, _ in spans]
+    together = [chunks_together(cfg, n) for n in mine]
+    if together != mine:
+        state["whole gradients, between passes"] = 4 * whole
     state["frozen networks"] = max(frozen for _, _, frozen in counts)
     for name, n in state.items():
         sliced = f"fp32, 1 of {shards} slices" if shards > 1 and name in list(state)[:4] else ""
         say(name, size_text(n), "counted", sliced)
-    activations = max(kept for _, kept, _ in counts)
-    say("activations of a chunk", size_text(activations), "counted", "upper bound: uncompiled, attention fused; compiled blocks keep less")
+    activations = max(n * kept for n, (_, kept, _) in zip(together, counts))
+    say("activations", size_text(activations), "counted", f"of {max(together)} chunks at once; upper bound: uncompiled, attention fused; compiled blocks keep less")
     say("together", size_text(sum(state.values()) + activations), "predicted", "their sum, without what the allocator wastes")
 
     print("\nTime and cost")

@@ -42,7 +42,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.muon import loop_back  # noqa: E402
-from benchmarks.plan import clock, count_stage, hardware, random_frozen, size_text, synthetic_batch  # noqa: E402
+from benchmarks.plan import clock, count_stage, hardware, newton_schulz_loads, random_frozen, size_text, synthetic_batch  # noqa: E402
 from muon import local  # noqa: E402
 from sample import diffusers_config, to_diffusers  # noqa: E402
 from scenes import caption, make_scenes, render  # noqa: E402
@@ -74,9 +74,9 @@ class Ours:
                 p.detach().normal_(0, 0.02)
         self.optimizer, self.ema = build_optimizer(self.model, cfg), EMA(self.model)
 
-    def step(self, batches: list[Batch], step: int) -> Tensor:
+    def step(self, chunks: list[Batch], step: int) -> Tensor:
         """One training step; returns ok, 0 where it was skipped."""
-        return train_step(self.model, self.optimizer, self.ema, self.frozen, iter(batches), self.cfg, self.stage, step, {})[1]
+        return train_step(self.model, self.optimizer, self.ema, self.frozen, iter(chunks), self.cfg, self.stage, step, {})[1]
 
     def gradients(self, batch: Batch, cfg: Config) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a chunk and the gradient of every weight, whole, by our names."""
@@ -180,13 +180,12 @@ class Assembled:
                                dict(params=others, use_muon=False, betas=cfg.adam_betas, eps=cfg.adam_eps)])
         self.ema = EMAModel(self.model.parameters(), decay=cfg.ema)
 
-    def step(self, batches: list[Batch], step: int) -> Tensor:
-        """One training step; returns whether its loss is finite."""
-        for i, batch in enumerate(batches):
-            generator = tag_generator(batch["x0"].device, self.cfg.seed, step, i)
-            self.model.set_requires_gradient_sync(i == len(batches) - 1)
-            loss, _ = training_loss(self.model, self.frozen, batch, self.cfg, self.stage, generator)
-            (loss / len(batches)).backward()
+    def step(self, chunks: list[Batch], step: int) -> Tensor:
+        """One training step on all chunks at once; returns whether its loss is finite."""
+        batch = {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
+        generators = [tag_generator(batch["x0"].device, self.cfg.seed, step, i) for i in range(len(chunks))]
+        loss, _ = training_loss(self.model, self.frozen, batch, self.cfg, self.stage, generators)
+        loss.backward()
         clip_grad_norm_(self.model.parameters(), self.cfg.grad_clip)
         for group in self.optimizer.param_groups:
             group["lr"] = lr_factor(self.cfg, step) * (self.cfg.lr if group["use_muon"] else self.cfg.adam_lr)
@@ -308,7 +307,7 @@ def time_arms(arms: list, batches: dict[str, list[list[Batch]]], warmup: int, ro
 
 
 def report(arms: list, times: dict, resident: dict[str, int], images: int, flop: dict[str, float], peak: float) -> None:
-    """The table; ratios are to ours."""
+    """The table: `flop` of a step and `resident` bytes between steps by arm, `peak` FLOP/s; ratios are to ours."""
     print(f"{'arm':18}{'ms a step':>10}{'spread':>18}{'images/s':>10}{'TFLOP/s':>9}{'of peak':>9}{'ours is':>9}{'host ms':>9}{'memory':>10}")
     base = statistics.median(times[arms[0].name]["step"])
     for arm in arms:
@@ -316,7 +315,7 @@ def report(arms: list, times: dict, resident: dict[str, int], images: int, flop:
         spread = f"{1e3 * min(times[arm.name]['step']):.1f} to {1e3 * max(times[arm.name]['step']):.1f}"
         peaks = times[arm.name]["peak"]
         memory = size_text(resident[arm.name] + max(peaks)) if peaks else "-"
-        rate = flop[arm.name] * images / step
+        rate = flop[arm.name] / step
         print(f"{arm.name:18}{1e3 * step:10.1f}{spread:>18}{images / step:10.1f}{rate / 1e12:9.2f}{rate / peak:9.1%}"
               f"{step / base:8.2f}x{1e3 * statistics.median(times[arm.name]['host']):9.1f}{memory:>10}")
 
@@ -325,7 +324,8 @@ def report(arms: list, times: dict, resident: dict[str, int], images: int, flop:
 # Parts
 
 
-def time_parts(ours: Ours, batch: Batch, counted: dict[str, float], peak: float, bandwidth: float, device: torch.device) -> None:
+def time_parts(ours: Ours, batch: Batch, counted: dict[str, float], newton_schulz: float, peak: float, bandwidth: float,
+               device: torch.device) -> None:
     """Each part of our step alone: its time, what it computes or moves, and the share of the measured ceiling."""
     model, frozen, cfg, stage = ours.model, ours.frozen, ours.cfg, ours.stage
     x0, B = batch["x0"], len(batch["x0"])
@@ -364,8 +364,8 @@ def time_parts(ours: Ours, batch: Batch, counted: dict[str, float], peak: float,
             counted["pdino"] * B)
     size = sum(w.numel() * w.element_size() for w in weights)
     say("global norm", median(lambda: gradient_norm(model, torch.zeros((), device=device))), moved=size)
-    say("optimizer", median(ours.optimizer.step), moved=5 * size)
-    say("averaged weights, one step in " + str(cfg.ema_every), median(lambda: ours.ema.update(cfg.ema)), moved=3 * size)
+    say("optimizer", median(ours.optimizer.step), newton_schulz)
+    say(f"averaged weights, one step in {cfg.ema_every}", median(lambda: ours.ema.update(cfg.ema)), moved=3 * size)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -436,9 +436,7 @@ def bench(own, cfg: Config, stage: Stage, mesh: DeviceMesh, device: torch.device
     frozen = load_frozen(cfg, device)
     real = replace(cfg, text_tokens=round(tokens))  # nobody is credited for padding
     counted = count_stage(real, stage)[0]
-    flop = dict.fromkeys(ARMS, sum(counted.values()))
-    flop |= {name: flop[name] - counted["denoiser"] + count_stage(replace(real, drop=0.0), stage)[0]["denoiser"]
-             for name in ("diffusers", "prx")}
+    dense = count_stage(replace(real, drop=0.0), stage)[0]["denoiser"] - counted["denoiser"]  # more, an image
     per_step = own.batch // cfg.micro_batch
     padded = [batches[i : i + per_step] for i in range(0, len(batches), per_step)]
     packed = [[{**batch, "txt": batch["txt"][batch["txt_mask"]]} for batch in step] for step in padded]  # as `make_batch` has it
@@ -454,8 +452,12 @@ def bench(own, cfg: Config, stage: Stage, mesh: DeviceMesh, device: torch.device
         arm.step(chunks[name][0], 0)  # its state
         resident[name] = torch.cuda.memory_allocated() - before if device.type == "cuda" else 0
         arms.append(arm)
+    newton_schulz = 2 * cfg.ns_steps * newton_schulz_loads([p.shape for p in arms[0].optimizer.param_groups[0]["params"]],
+                                                           own.ranks)[own.rank]
+    flop = {name: own.batch * (sum(counted.values()) + dense * (name in ("diffusers", "prx"))) + newton_schulz for name in own.arms}
     if own.parts:
-        time_parts(arms[0], packed[0][0], counted, peak, bandwidth, device)
+        whole = {name: torch.cat([chunk[name] for chunk in packed[0]]) for name in packed[0][0]}
+        time_parts(arms[0], whole, counted, newton_schulz, peak, bandwidth, device)
     else:
         times = time_arms(arms, chunks, own.warmup, own.rounds, own.steps, device)
         report(arms, times, resident, own.batch, flop, peak)
