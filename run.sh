@@ -4,6 +4,7 @@
 #   ./run.sh                    no GPU: demo; 1 to 7 GPUs: solo; 8 and more: the record run on all of them
 #   ./run.sh demo|solo [flags]  that preset, then its score; flags are those of train_prx.py
 #   ./run.sh test [flags]       the tests; flags are those of pytest
+#   ./run.sh bench [file]       every benchmark of speed, in ten minutes; the file (benchmarks/results.txt) takes what is printed
 #   ./run.sh plan [flags]       what a run would take: hours, dollars, memory, disk, and what is missing; writes nothing
 #   ./run.sh --preset=record --name=try1 ...          train_prx.py on all GPUs of this node
 #   NNODES=4 NODE_RANK=k MASTER_ADDR=host ./run.sh    the same on each of 4 nodes;   srun ./run.sh under SLURM
@@ -16,7 +17,7 @@ cd "$(dirname "$0")"
 export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-1000}
 export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR}  # else stack traces wherever a store ends before its clients
 
-usage() { sed -n '2,10s/^# \{0,1\}//p' run.sh; }
+usage() { sed -n '2,11s/^# \{0,1\}//p' run.sh; }
 fail() { echo "error: $*" >&2; exit 2; }
 
 # Whether a Python has every requirement of the given files.
@@ -95,6 +96,34 @@ scenes() {
     "$PYTHON" sample.py score --checkpoint="runs/$name"
 }
 
+# Each benchmark in a process of its own; what fails is named at the end and the others still run.
+bench() {
+    local out=$1 failed=() gpus
+    gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
+    : > "$out"
+    measure() { printf '\n$ python benchmarks/%s\n' "$*" | tee -a "$out"; "$PYTHON" benchmarks/"$@" 2>&1 | tee -a "$out" || failed+=("$1"); }
+    scale() {  # what step.py measured last of one rank of 32
+        local step optimizer
+        step=$(awk '$1 == "ours" { step = $2 } END { print step }' "$out")
+        optimizer=$(awk '$1 == "optimizer" { ms = $2 } END { print ms }' "$out")
+        measure scale.py --step_ms="$step" --optimizer_ms="$optimizer" "$@"
+    }
+    if [ "$gpus" -gt 0 ]; then
+        measure step.py --stage=1 --batch=32 --arms=ours --ranks=32 --parts
+        scale --stage=1 --batch=32
+        measure step.py --stage=2 --batch=16 --arms=ours --ranks=32 --parts
+        scale --stage=2 --batch=16
+        measure step.py --stage=1 --batch=32
+        measure step.py --stage=2 --batch=16 --arms=ours,diffusers-routed --rounds=3
+        measure muon.py --only=one,fake
+    else
+        measure step.py --parts
+        measure muon.py --only=one,ranks
+    fi
+    measure sampling.py
+    [ ${#failed[@]} -eq 0 ] || fail "these did not run to their end: ${failed[*]}"
+}
+
 command=${1:-auto}
 case $command in
     -h | --help) usage ;;
@@ -108,11 +137,14 @@ case $command in
         elif [ "$gpus" -ge 1 ]; then scenes solo 256
         else scenes demo 32
         fi ;;
+    bench)
+        set_up requirements.txt benchmarks/requirements.txt
+        bench "${2:-benchmarks/results.txt}" ;;
     plan)
         set_up requirements.txt
         "$PYTHON" benchmarks/plan.py "${@:2}" ;;
     demo) set_up requirements.txt; scenes demo 32 "${@:2}" ;;
     solo) set_up requirements.txt; scenes solo 256 "${@:2}" ;;
     --*) set_up requirements.txt; train "$@" ;;
-    *) fail "unknown command $command; known are demo, solo, plan, test and any flag of train_prx.py (./run.sh --help)" ;;
+    *) fail "unknown command $command; known are demo, solo, bench, plan, test and any flag of train_prx.py (./run.sh --help)" ;;
 esac
