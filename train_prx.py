@@ -112,7 +112,7 @@ class Config:
     device: str = "auto"  # cpu, cuda, or auto: cuda where there is one
     precision: str = "bf16"  # compute in bf16 or fp32; weights, gradient sums and optimizer state are fp32 either way
     compile: bool = True  # torch.compile each block: 0 or 1
-    chunks_at_once: int = 2  # chunks of a rank's share that pass the network together, at most: memory against speed
+    chunks_at_once: int = 1  # chunks of a rank's share that pass the network together, at most: memory against speed
     workers: int = 8  # processes that read and decode images, a GPU; 0: in the training process
     # Model (code, but for patch and bottleneck)
     patch: int = 32  # pixels a side of one image token
@@ -180,7 +180,7 @@ class Config:
 
 
 PRESETS = {
-    "record": Config(),
+    "record": Config(chunks_at_once=2),  # 32 images of 512px at a time: products of 4,096 rows, not 2,048
     # One GPU, minutes. Not yet run on a GPU: the learning rates are the demo's, scaled by nothing.
     "solo": Config(
         name="solo", data="data/solo", frozen="none", stages=(Stage(256, 6_000, 256, True),), micro_batch=64,
@@ -1342,8 +1342,8 @@ def train_step(model: PRX, optimizer: Muon, ema: EMA, frozen: Frozen, batches: I
         model.set_requires_gradient_sync(last)
         model.set_reshard_after_backward(last)
         begin_gather(model)
-        generators = [tag_generator(batch["x0"].device, cfg.seed, step, dist.get_rank() * mine + k + j) for j in range(together)]
-        loss, terms = training_loss(model, frozen, batch, cfg, stage, generators)
+        draws = [tag_generator(batch["x0"].device, cfg.seed, step, dist.get_rank() * mine + k + j) for j in range(together)]
+        loss, terms = training_loss(model, frozen, batch, cfg, stage, draws if together > 1 else draws[0])
         (loss * together / mine).backward()
         values = values + torch.stack([loss.detach(), *terms.values()]) * (together / mine)
     norms = {f"grad_norm/{name}": squared_norm([p.grad for p in params]) for name, params in watched.items()}

@@ -25,7 +25,7 @@ from train_prx import (EMA, PRX, Config, Frozen, Meter, Stage, build_model, buil
 
 STAGE = Stage(32, 100, 8, True)
 SMALL = Config(stages=(STAGE,), patch=8, bottleneck=16, width=64, depth=4, heads=2, text_dim=24, text_tokens=12, micro_batch=4,
-               route_start=1, repa_depth=2, repa_dim=24, frozen="random", precision="fp32", compile=False)
+               route_start=1, repa_depth=2, repa_dim=24, frozen="random", precision="fp32", compile=False, chunks_at_once=2)
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
