@@ -34,7 +34,6 @@ import argparse
 import contextlib
 import dataclasses
 import datetime
-import difflib
 import functools
 import gc
 import hashlib
@@ -69,12 +68,13 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.attention.varlen import varlen_attn
 
 import ranks
+from command_line import Parser, run_main
 from muon import Muon, local
 from run_folder import Log, RunFolder, load_checkpoint, named_tensors
 from shards import DamagedImage, Ring, RowSet, Slot, UserError, become_reader
 
 SOURCES = {name: Path(__file__).with_name(name).read_text() for name in
-           ("train_prx.py", "muon.py", "run_folder.py", "ranks.py", "shards.py")}  # before any edit
+           ("train_prx.py", "command_line.py", "muon.py", "run_folder.py", "ranks.py", "shards.py")}  # before any edit
 SOURCE_HASH = hashlib.sha256("".join(SOURCES.values()).encode()).hexdigest()
 
 T_MIN = 0.05  # smallest t in a division: velocity's error would otherwise grow without bound near t = 0 (code)
@@ -204,43 +204,6 @@ CHOICES = {
 }
 NOT_IDENTITY = {"max_steps", "device", "chunks_at_once", "workers", "log_every", "eval_every", "sample_every", "save_every", "keep", "keep_every",
                 "price"}
-
-
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Help with defaults, where there are any."""
-
-    def _get_help_string(self, action):
-        return action.help if action.default is None else super()._get_help_string(action)
-
-
-class Parser(argparse.ArgumentParser):
-    """An argparse parser whose errors are one line, end with status 2 and name the nearest valid flag."""
-
-    def __init__(self, **kwargs):
-        super().__init__(allow_abbrev=False, formatter_class=HelpFormatter, **kwargs)
-
-    def error(self, message: str):
-        raise UserError(f"{message} (--help lists what is valid)")
-
-    def parse_args(self, args=None, namespace=None):
-        parsed, unknown = self.parse_known_args(args, namespace)
-        if unknown:
-            flag = unknown[0].split("=")[0]
-            near = difflib.get_close_matches(flag, self._option_string_actions, n=1, cutoff=0.0)
-            raise UserError(f"unknown argument {flag}; did you mean {near[0]}? (--help lists all)")
-        return parsed
-
-
-def run_main(main: Callable[[list[str]], None], every_rank: bool = False) -> None:
-    """Run `main(argv)`; a UserError becomes one line, on rank 0 or on every rank, and exit status 2, not a traceback."""
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        if every_rank or os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 def parse_stages(text: str) -> tuple[Stage, ...]:
@@ -470,6 +433,13 @@ class Text:
         self.keys: list[tuple[Tensor, Tensor]] = []  # once they are known: each block's keys and values, 2 x [T, h, d]
         self.layouts: dict[int, Keys] = {}  # by the number of image tokens
 
+    def layout(self, img: Tensor, head_dim: int) -> "Keys":
+        """Where the keys of these prompts and of image tokens img [B, N, C] lie; made once for each N."""
+        N = img.shape[1]
+        if N not in self.layouts:
+            self.layouts[N] = Keys.lay_out(self, N, padded=not has_flash_attention(img, head_dim))
+        return self.layouts[N]
+
 
 class Keys(NamedTuple):
     """Where the keys of a batch lie: those of an image are the tokens of its text, then its own."""
@@ -482,9 +452,9 @@ class Keys(NamedTuple):
     mask: Tensor | None  # [B, 1, 1, L + N], True where there is a key; None where keys lie close together
 
     @classmethod
-    def lay_out(cls, text: Text, B: int, N: int, padded: bool) -> "Keys":
-        """The keys for N image tokens each: every image's in L + N rows, or close together."""
-        device, M = text.lengths.device, text.longest + N
+    def lay_out(cls, text: Text, N: int, padded: bool) -> "Keys":
+        """The keys of each prompt and N image tokens: every image's in L + N rows, or close together."""
+        B, device, M = len(text.lengths), text.lengths.device, text.longest + N
         image = torch.arange(B, device=device)
         first = text.lengths.cumsum(0) - text.lengths  # [B] the first token of each prompt
         start = image * M if padded else first + image * N  # [B] the first row of each image
@@ -515,14 +485,6 @@ def attention(q: Tensor, k: Tensor, v: Tensor, keys: Keys) -> Tensor:
         q, k, v = q.float(), k.float(), v.float()
     out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=keys.mask)
     return out.transpose(1, 2).to(dtype)  # [B, h, N, d] -> [B, N, h, d]
-
-
-def key_layout(text: Text, img: Tensor, head_dim: int) -> Keys:
-    """The layout of the keys of `text` and image tokens img [B, N, C]; made once for each N."""
-    B, N, _ = img.shape
-    if N not in text.layouts:
-        text.layouts[N] = Keys.lay_out(text, B, N, padded=not has_flash_attention(img, head_dim))
-    return text.layouts[N]
 
 
 def has_flash_attention(img: Tensor, head_dim: int) -> bool:
@@ -699,7 +661,7 @@ class PRX(nn.Module):
             if ids_keep is not None and i == cfg.route.start:
                 all_img, img = img, gather_tokens(img, ids_keep)  # [B, N, C] -> [B, N_keep, C]
                 rope = gather_tokens(rope.flatten(2).expand(B, -1, -1), ids_keep).unflatten(-1, (-1, 2))
-            keys = key_layout(text, img, cfg.width // cfg.heads)
+            keys = text.layout(img, cfg.width // cfg.heads)
             txt_kv = text.keys[i] if text.keys else ()
             for x in (text.tokens, keys.text_at, *txt_kv):
                 torch._dynamo.maybe_mark_dynamic(x, 0)  # T is another in every batch; one compiled block serves all
@@ -1200,7 +1162,7 @@ def make_batch(raw: dict, encode_text: TextEncoder, device: torch.device) -> dic
     txt, lengths = (raw["latents"], raw["lengths"]) if "latents" in raw else encode_text.latents(raw["captions"])
     on_device = [x.to(device, non_blocking=True) for x in (raw["images"], txt, mask_of(lengths, encode_text.max_length))]
     x0 = on_device[0].to(torch.float32, memory_format=torch.contiguous_format) / 127.5 - 1
-    return {"x0": x0, "txt": on_device[1], "txt_mask": on_device[2]}
+    return {"x0": x0, "txt": on_device[1].clone(), "txt_mask": on_device[2]}  # what was read lies where the next will
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -87,6 +87,14 @@ class Ours:
         return loss.detach(), grads
 
 
+class Autocast(nn.Sequential):
+    """Modules one after the other, those that can in bf16 where the input is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=x.dtype == torch.bfloat16):
+            return super().forward(x)
+
+
 class Theirs(nn.Module):
     """diffusers' or PRX's transformer, and REPA's projector, behind the interface of our `PRX`."""
 
@@ -164,7 +172,7 @@ class Assembled:
         projector = None
         if ours.model.repa_projector is not None:
             C, D = cfg.width, cfg.repa_dim
-            projector = nn.Sequential(nn.Linear(C, D), nn.SiLU(), nn.Linear(D, D), nn.SiLU(), nn.Linear(D, D))
+            projector = Autocast(nn.Linear(C, D), nn.SiLU(), nn.Linear(D, D), nn.SiLU(), nn.Linear(D, D))
             projector.load_state_dict({key.removeprefix("repa_projector."): w for key, w in weights.items()
                                        if key.startswith("repa_projector.")})
         self.model = Theirs(net, tools, projector, self.cfg).to(device)

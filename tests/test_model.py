@@ -271,7 +271,7 @@ def test_a_routed_block_computes_what_the_dense_block_does_with_the_others_maske
     got = recorder.made
     model(x_t, t, txt, mask)
     text = model.read_text(txt, mask)
-    keys = Keys.lay_out(text, 3, 12, padded=True)
+    keys = Keys.lay_out(text, 12, padded=True)
     away = dropped(ids_keep, 12).flatten()
     masked = keys.mask.flatten().index_fill(0, keys.image_at[away], False).view(keys.mask.shape)
     dense = block(recorder.seen, text, model.time_in(t), rotary_table(2, 6, 16, 1e4, x_t.device), keys._replace(mask=masked))
@@ -559,7 +559,7 @@ def test_the_order_of_text_tokens_does_not_matter():
 
 def test_keys_lie_text_first_close_together_or_in_equal_rows():
     text = Text(torch.zeros(3, 8), torch.tensor([2, 0, 1]), longest=4)  # 3 prompts of 2, 0 and 1 tokens
-    close, padded = (Keys.lay_out(text, 3, 2, padded) for padded in (False, True))  # 2 image tokens each
+    close, padded = (Keys.lay_out(text, 2, padded) for padded in (False, True))  # 2 image tokens each
     assert close.text_at.tolist() == [0, 1, 6] and close.image_at.tolist() == [2, 3, 4, 5, 7, 8]
     assert close.key_starts.tolist() == [0, 4, 6, 9] and close.query_starts.tolist() == [0, 2, 4, 6] and close.mask is None
     assert padded.text_at.tolist() == [0, 1, 12] and padded.image_at.tolist() == [2, 3, 6, 7, 13, 14]

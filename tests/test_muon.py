@@ -18,6 +18,7 @@ import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
 from conftest import fork_context
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -658,3 +659,19 @@ def test_what_muon_cannot_shard_raises(measured):
         assert "rows" in found["by columns"]
         if len(measured) == 4:
             assert "2 of 4 ranks" in found["half"]
+
+
+def test_a_compiled_step_equals_an_uncompiled_one_skipped_steps_and_changing_learning_rates_included():
+    """Within 1e-6 of the weights' norm (measured 3e-8), and one compilation for all steps."""
+    def after(compile: bool) -> Tensor:
+        params = weights(SHAPES[:4])
+        optimizer = Muon([muon_group(params, ns_dtype=torch.float32, weight_decay=0.1)], compile=compile)
+        for step, ok in enumerate([1.0, 0.0, 1.0, 1.0]):
+            set_gradients(params, step, 1.0 if ok else float("nan"))
+            optimizer.param_groups[0]["lr"] = 0.01 * (step + 1)
+            optimizer.step(torch.tensor(ok), scale=torch.tensor(0.5))
+        return torch.cat([p.detach().flatten() for p in params])
+
+    counters.clear()
+    compiled, plain = after(True), after(False)
+    assert counters["stats"]["unique_graphs"] == 2 and relative(compiled, plain) < 1e-6

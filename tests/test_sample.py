@@ -119,6 +119,11 @@ def test_guidance_scale_drop_steps_and_shape_change_the_picture(tmp_path, lively
     assert far(draw(tmp_path, lively, *base, "--drop=0"), plain) <= 1, "routing nothing guides to nowhere"
 
 
+def test_compiled_blocks_draw_the_same_picture(tmp_path, lively):
+    flags = [f"--prompt={PROMPT}", "--steps=2", "--guidance=cfg", "--scale=2"]
+    assert far(draw(tmp_path, lively, *flags, "--compile=1"), draw(tmp_path, lively, *flags)) <= 1
+
+
 def test_size_is_height_by_width(tmp_path, lively):
     assert draw(tmp_path, lively, f"--prompt={PROMPT}", "--size=32x64").shape == (32, 64, 3)
     assert draw(tmp_path, lively, f"--prompt={PROMPT}", "--size=48").shape == (48, 48, 3)

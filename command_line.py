@@ -1,0 +1,45 @@
+"""What every command shares: flags with defaults in their help, and mistakes answered in one line."""
+import argparse
+import difflib
+import os
+import sys
+from collections.abc import Callable
+
+from shards import UserError
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Help with defaults, where there are any."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """An argparse parser whose errors are one line, end with status 2 and name the nearest valid flag."""
+
+    def __init__(self, **kwargs):
+        super().__init__(allow_abbrev=False, formatter_class=HelpFormatter, **kwargs)
+
+    def error(self, message: str):
+        raise UserError(f"{message} (--help lists what is valid)")
+
+    def parse_args(self, args=None, namespace=None):
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            flag = unknown[0].split("=")[0]
+            near = difflib.get_close_matches(flag, self._option_string_actions, n=1, cutoff=0.0)
+            raise UserError(f"unknown argument {flag}; did you mean {near[0]}? (--help lists all)")
+        return parsed
+
+
+def run_main(main: Callable[[list[str]], None], every_rank: bool = False) -> None:
+    """Run `main(argv)`; a UserError becomes one line, on rank 0 or on every rank, and exit status 2, not a traceback."""
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        if every_rank or os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
