@@ -202,8 +202,9 @@ class Muon(torch.optim.Optimizer):
     """Muon for the groups with `use_muon` True, Adam for those with `use_muon` False.
 
     Muon groups hold 2-D parameters and take `lr, momentum, nesterov, ns_steps, ns_dtype, weight_decay`; Adam groups take
-    `lr, betas, eps, weight_decay` (decoupled decay in both); `compile` fuses what is done element by element. Any other key raises ValueError. Muon's update is
-    -lr * 0.2 * sqrt(max(rows, cols)) * newton_schulz(nesterov momentum), the scale of arXiv 2502.16982.
+    `lr, betas, eps, weight_decay` (decoupled decay in both). Any other key raises ValueError. Muon's update is
+    -lr * 0.2 * sqrt(max(rows, cols)) * newton_schulz(nesterov momentum), the scale of arXiv 2502.16982. `compile`: fuse what
+    Muon does element by element.
     """
 
     def __init__(self, param_groups: list[dict], compile: bool = False):
@@ -248,7 +249,8 @@ class Muon(torch.optim.Optimizer):
             if not params:
                 continue
             one = torch.ones((), device=params[0].device)
-            (self._muon if group["use_muon"] else self._adam)(group, params, one if ok is None else ok, one if scale is None else scale)
+            step = self._muon if group["use_muon"] else self._adam
+            step(group, params, one if ok is None else ok, one if scale is None else scale)
 
     def _muon(self, group: dict, params: list[Tensor], ok: Tensor, scale: Tensor) -> None:
         weights, grads = local(params), local([p.grad for p in params])
@@ -267,8 +269,9 @@ class Muon(torch.optim.Optimizer):
     def _adam(self, group: dict, params: list[Tensor], ok: Tensor, scale: Tensor) -> None:
         beta1, beta2 = group["betas"]
         weights, grads = local(params), torch._foreach_mul(local([p.grad for p in params]), scale)
+        skipped = ok == 0
         for grad in grads:
-            grad.masked_fill_(ok == 0, 0.0)
+            grad.masked_fill_(skipped, 0.0)
         steps = [self.state[p]["step"] for p in params]
         exp_avg = local([self.state[p]["exp_avg"] for p in params])
         exp_avg_sq = local([self.state[p]["exp_avg_sq"] for p in params])

@@ -104,6 +104,7 @@ def load(args) -> tuple[PRX, Config, TextEncoder]:
     if args.compile and not compiles(replace(cfg, compile=True), torch.device(args.device)):
         raise UserError("--compile=1 takes a C++ compiler: g++, or the one that CXX names")
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # of absent CUDA
+    torch._dynamo.config.recompile_limit = 64  # a block compiles for each batch size, routed or not, and 32 tokens of text
     for block in model.blocks if args.compile else []:
         block.compile(dynamic=False)
     return model, cfg, encode_text

@@ -107,7 +107,7 @@ class Config:
     frozen: str = "pretrained"  # networks behind REPA, P-DINO and LPIPS: pretrained, scene, random (timing only) or none
     seed: int = 0  # decides the initial weights, the order of rows and every random number
     stages: tuple[Stage, ...] = (Stage(512, 100_000, 1024, True), Stage(1024, 20_000, 512, False))  # size:steps:batch:repa[:short],...
-    micro_batch: int = 16  # rows of a chunk: what one GPU holds at a time; part of the run's identity
+    micro_batch: int = 16  # rows of a chunk, which is drawn and run as a whole; part of the run's identity
     max_steps: int = 0  # stop after this many steps without bending the schedule; 0: run all stages
     device: str = "auto"  # cpu, cuda, or auto: cuda where there is one
     precision: str = "bf16"  # compute in bf16 or fp32; weights, gradient sums and optimizer state are fp32 either way
@@ -180,7 +180,7 @@ class Config:
 
 
 PRESETS = {
-    "record": Config(chunks_at_once=2),  # 32 images of 512px at a time: products of 4,096 rows, not 2,048
+    "record": Config(chunks_at_once=2),  # on 32 GPUs 32 images of 512px: products of 4,096 rows, not 2,048
     # One GPU, minutes. Not yet run on a GPU: the learning rates are the demo's, scaled by nothing.
     "solo": Config(
         name="solo", data="data/solo", frozen="none", stages=(Stage(256, 6_000, 256, True),), micro_batch=64,
@@ -202,8 +202,8 @@ CHOICES = {
     "frozen": ("pretrained", "scene", "random", "none"), "device": ("auto", "cpu", "cuda"), "precision": ("bf16", "fp32"),
     "guidance": ("self", "cfg", "none"), "lr_decay": ("none", "linear"),
 }
-NOT_IDENTITY = {"max_steps", "device", "chunks_at_once", "workers", "log_every", "eval_every", "sample_every", "save_every", "keep", "keep_every",
-                "price"}
+NOT_IDENTITY = {"max_steps", "device", "chunks_at_once", "workers", "log_every", "eval_every", "sample_every", "save_every",
+                "keep", "keep_every", "price"}
 
 
 def parse_stages(text: str) -> tuple[Stage, ...]:
@@ -420,6 +420,12 @@ def apply_rotary(x: Tensor, rope: Tensor) -> Tensor:
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
 
 
+def any_length(x: Tensor) -> Tensor:
+    """x [T, ...] with a note for the compiler that T is another in every batch: one compiled block then serves all."""
+    torch._dynamo.maybe_mark_dynamic(x, 0)
+    return x
+
+
 class Text:
     """B prompts as the blocks read them: the tokens of all, one after the other, without padding.
 
@@ -427,7 +433,7 @@ class Text:
     """
 
     def __init__(self, tokens: Tensor, lengths: Tensor, longest: int):
-        self.tokens = tokens  # [T, C]
+        self.tokens = any_length(tokens)  # [T, C]
         self.lengths = lengths  # [B] tokens of each prompt; T together
         self.longest = longest  # L: no prompt is longer
         self.keys: list[tuple[Tensor, Tensor]] = []  # once they are known: each block's keys and values, 2 x [T, h, d]
@@ -461,7 +467,7 @@ class Keys(NamedTuple):
         owner = torch.repeat_interleave(image, text.lengths, output_size=len(text.tokens))  # [T]
         row = torch.arange(len(text.tokens), device=device)
         count = (text.lengths + N)[:, None]  # [B, 1]
-        return cls(text_at=row + (start - first)[owner],
+        return cls(text_at=any_length(row + (start - first)[owner]),
                    image_at=((start + text.lengths)[:, None] + torch.arange(N, device=device)).flatten(),
                    query_starts=torch.arange(0, B * N + 1, N, device=device, dtype=torch.int32),
                    key_starts=F.pad(count.cumsum(0)[:, 0], (1, 0)).int(), longest=M,
@@ -489,7 +495,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, keys: Keys) -> Tensor:
 
 def has_flash_attention(img: Tensor, head_dim: int) -> bool:
     """Whether `varlen_attn` takes tokens such as these; where it does not, keys are padded and masked."""
-    return img.is_cuda and img.dtype == torch.bfloat16 and head_dim % 8 == 0 and torch.cuda.get_device_capability(img.device) >= (8, 0)
+    return (img.is_cuda and img.dtype == torch.bfloat16 and head_dim % 8 == 0 and head_dim <= 256
+            and torch.cuda.get_device_capability(img.device) >= (8, 0))
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -634,7 +641,7 @@ class PRX(nn.Module):
         """Prompts with the keys and values of all blocks: what sampling computes once, not once a step."""
         text = self.read_text(txt, txt_mask)
         text.longest = min(text.longest, -(-int(text.lengths.max()) // 32) * 32)  # once a prompt, the host may wait for a number
-        text.keys = [block.text_keys(text.tokens) for block in self.blocks]
+        text.keys = [tuple(map(any_length, block.text_keys(text.tokens))) for block in self.blocks]
         return text
 
     def forward(self, x_t: Tensor, t: Tensor, txt: Tensor | Text, txt_mask: Tensor | None = None,
@@ -662,10 +669,7 @@ class PRX(nn.Module):
                 all_img, img = img, gather_tokens(img, ids_keep)  # [B, N, C] -> [B, N_keep, C]
                 rope = gather_tokens(rope.flatten(2).expand(B, -1, -1), ids_keep).unflatten(-1, (-1, 2))
             keys = text.layout(img, cfg.width // cfg.heads)
-            txt_kv = text.keys[i] if text.keys else ()
-            for x in (text.tokens, keys.text_at, *txt_kv):
-                torch._dynamo.maybe_mark_dynamic(x, 0)  # T is another in every batch; one compiled block serves all
-            img = block(img, text, c, rope, keys, txt_kv)
+            img = block(img, text, c, rope, keys, text.keys[i] if text.keys else ())
             if i + 1 == cfg.repa_depth:
                 feat = img
             if ids_keep is not None and i + 1 == cfg.route.stop:
@@ -1128,7 +1132,8 @@ def load_chunks(chunks: Chunks, order: list[int], device: torch.device) -> Itera
     A chunk's tensors are valid until the next but one is asked for.
     """
     cuda = device.type == "cuda"
-    ring = Ring(chunks, order, chunks.cfg.workers)
+    at_once = chunks.cfg.chunks_at_once
+    ring = Ring(chunks, order, chunks.cfg.workers, behind=1 + at_once)
     loader = iter(torch.utils.data.DataLoader(
         ring, batch_size=None, sampler=range(len(order)), num_workers=chunks.cfg.workers, worker_init_fn=become_reader,
         prefetch_factor=ring.AHEAD if chunks.cfg.workers else None,
@@ -1142,14 +1147,14 @@ def load_chunks(chunks: Chunks, order: list[int], device: torch.device) -> Itera
         with torch.cuda.stream(stream):  # copies run under the kernels of the chunk before
             raw = {name: x.to(device, non_blocking=True) if isinstance(x, Tensor) else x for name, x in ring.view(k, raw).items()}
             under_way.append((raw, stream.record_event()))
-        if len(under_way) > 1:
+        if len(under_way) > at_once:
             yield arrived(*under_way.pop(0))
     yield from (arrived(*last) for last in under_way)
     ring.unlock_pages()
 
 
 def arrived(raw: dict, copied: torch.cuda.Event) -> dict:
-    """A chunk whose copies have ended, so that its slot is free; they were begun a chunk ago, and nobody waits."""
+    """A chunk whose copies have ended, so that its slot is free; they were begun a pass ago, and nobody waits."""
     copied.synchronize()
     for x in raw.values():
         if isinstance(x, Tensor):
@@ -1283,7 +1288,7 @@ def squared_norm(tensors: list[Tensor]) -> Tensor:
 
 
 def chunks_together(cfg: Config, mine: int) -> int:
-    """How many of a rank's `mine` chunks pass the network at a time: the most that `chunks_at_once` allows, equally many each."""
+    """How many of a rank's `mine` chunks pass the network at a time: as many as `chunks_at_once` allows, equally many each."""
     return max(n for n in range(1, cfg.chunks_at_once + 1) if mine % n == 0)
 
 

@@ -45,6 +45,7 @@ def main(argv: list[str]) -> None:
     if min(own.size, own.batch, own.steps, own.rounds) < 1 or own.size % cfg.patch:
         raise UserError(f"--size={own.size} must be a multiple of {cfg.patch}, and --batch, --steps and --rounds at least 1")
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # of absent CUDA
+    torch._dynamo.config.recompile_limit = 64  # as sample.py has it
     diffusers_logging.set_verbosity_error()  # of timesteps without sigmas, at every call
     torch.set_float32_matmul_precision("high")
     device, dtype = torch.device("cuda" if cuda else "cpu"), torch.bfloat16 if cuda else torch.float32

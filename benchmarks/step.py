@@ -10,7 +10,8 @@
 Arms
     ours              `train_prx.train_step` itself
     diffusers         the same losses, teachers and data around diffusers' PRXTransformer2DModel, which has no routing:
-                      torch.compile, autocast, FSDP2 on one rank, muon-fsdp2, diffusers' EMAModel
+                      torch.compile, autocast over fp32 weights, muon-fsdp2, diffusers' EMAModel; FSDP2 on one rank, since
+                      muon-fsdp2 0.3.0 raises NameError on plain tensors: what DTensors cost the host is in `host ms`
     diffusers-routed  the same with our routing written around its blocks
     prx, prx-routed   PRX's own modules in place of diffusers' (they need einops and omegaconf)
 
@@ -187,7 +188,7 @@ class Assembled:
             (matrices if "blocks." in key and p.ndim == 2 else others).append(p)
         self.optimizer = Muon([dict(params=matrices, use_muon=True, momentum=cfg.momentum, ns_steps=cfg.ns_steps),
                                dict(params=others, use_muon=False, betas=cfg.adam_betas, eps=cfg.adam_eps)])
-        self.ema = EMAModel(self.model.parameters(), decay=cfg.ema)
+        self.ema = EMAModel(self.model.parameters(), decay=cfg.ema, foreach=True)
 
     def step(self, chunks: list[Batch], step: int) -> Tensor:
         """One training step on all chunks at once; returns whether its loss is finite."""
@@ -447,7 +448,7 @@ def bench(own, cfg: Config, stage: Stage, mesh: DeviceMesh, device: torch.device
     frozen = load_frozen(cfg, device)
     real = replace(cfg, text_tokens=round(tokens))  # nobody is credited for padding
     counted = count_stage(real, stage)[0]
-    dense = count_stage(replace(real, drop=0.0), stage)[0]["denoiser"] - counted["denoiser"]  # more, an image
+    dense = sum(count_stage(replace(real, drop=0.0), stage)[0].values()) - sum(counted.values())  # more, an image
     per_step = own.batch // cfg.micro_batch
     padded = [batches[i : i + per_step] for i in range(0, len(batches), per_step)]
     packed = [[{**batch, "txt": batch["txt"][batch["txt_mask"]]} for batch in step] for step in padded]  # as `make_batch` has it
