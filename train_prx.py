@@ -477,7 +477,7 @@ class Keys(NamedTuple):
         """Text [T, h, d] and image tokens [B, N, h, d] in their rows, [B (L + N) or T + B N, h, d]; 0 in those between."""
         rows = len(txt) + len(self.image_at) if self.mask is None else self.mask.numel()
         out = img.new_zeros(rows, *img.shape[2:])
-        return out.index_copy(0, self.text_at, txt).index_copy(0, self.image_at, img.flatten(0, 1))
+        return out.index_copy_(0, self.text_at, txt).index_copy_(0, self.image_at, img.flatten(0, 1))
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, keys: Keys) -> Tensor:

@@ -34,7 +34,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--batch", type=int, default=4, help="pictures")
     parser.add_argument("--steps", type=int, default=28 if cuda else 8, help="Euler steps")
     parser.add_argument("--scale", type=float, default=3.0, help="guidance scale")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds in which the arms take turns")
+    parser.add_argument("--rounds", type=int, default=5 if cuda else 15, help="rounds in which the arms take turns")
     own = parser.parse_args(argv)
     try:
         from diffusers import FlowMatchEulerDiscreteScheduler, PRXPixelPipeline, PRXTransformer2DModel
