@@ -6,7 +6,8 @@
 diffusers knows classifier-free guidance alone, and its pipeline takes one prompt at a time (0.42.1 fails on more); both run
 the two passes of guidance as one batch. The pictures are compared first. Text latents are given, of as many tokens as captions
 have, padded for diffusers as its pipeline pads them. `compiled`: the blocks, with torch.compile, in both. Our `self` guidance
-is timed for information: half of the tokens of its second pass are routed around most blocks.
+is timed for information: half of the tokens of its second pass are routed around most blocks. `ours is`: the median of the
+rounds' ratios, since a machine with other work on it is slow for seconds at a time.
 """
 import logging
 import statistics
@@ -101,10 +102,10 @@ def main(argv: list[str]) -> None:
         for _ in range(own.rounds):
             for name, arm in arms.items():
                 times[name].append(1e3 * clock(arm, device) / own.batch)
-        base = statistics.median(times["ours"])
         for name, of_arm in times.items():
             spread = f"{min(of_arm):.1f} to {max(of_arm):.1f}"
-            print(f"{name + ', compiled' * compiled:28}{statistics.median(of_arm):13.1f}{spread:>18}{statistics.median(of_arm) / base:8.2f}x")
+            ratio = statistics.median(a / b for a, b in zip(of_arm, times["ours"]))
+            print(f"{name + ', compiled' * compiled:28}{statistics.median(of_arm):13.1f}{spread:>18}{ratio:8.2f}x")
 
 
 if __name__ == "__main__":
