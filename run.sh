@@ -118,7 +118,7 @@ bench() {
         measure muon.py --only=one,fake
     else
         measure step.py --parts
-        measure muon.py --only=one,ranks
+        measure muon.py
     fi
     measure sampling.py
     [ ${#failed[@]} -eq 0 ] || fail "these did not run to their end: ${failed[*]}"
