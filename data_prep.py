@@ -690,6 +690,7 @@ def encoder_revision(encoder: str) -> str:
 
 def embed(args) -> None:
     """Latents of every caption, a file a shard. Any number of processes share the work: each takes shards that no other holds."""
+    read_manifest(args.data)  # before the encoder, which may be a download, and a lock where there is no data
     name, revision = text_folder(args.encoder), encoder_revision(args.encoder)
     folder, begun = args.data / name, args.data / name / "settings.json"
     settings = {"encoder": args.encoder, "revision": revision, "tokens": args.text_tokens, "dtype": "bfloat16"}
@@ -697,7 +698,6 @@ def embed(args) -> None:
     def manifest_lock():
         return locked(args.data / ".lock", folder, patience=60)
 
-    read_manifest(args.data)  # before a lock is written where there is no data
     with manifest_lock():
         manifest = read_manifest(args.data)
         if not folder.exists() and manifest.get("text", {}).pop(name, None):  # deleted, as a message of ours asks for

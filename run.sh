@@ -129,7 +129,7 @@ case $command in
     -h | --help) usage ;;
     test)
         set_up requirements.txt tests/requirements.txt
-        "$PYTHON" -m pytest -q "${@:2}" tests ;;
+        "$PYTHON" -m pytest -q -n 2 --dist=loadfile --no-loadscope-reorder "${@:2}" tests ;;  # two files at a time
     auto)
         set_up requirements.txt
         gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
