@@ -4,7 +4,7 @@
 #   ./run.sh                    no GPU: demo; 1 to 7 GPUs: solo; 8 and more: the record run on all of them
 #   ./run.sh demo|solo [flags]  that preset, then its score; flags are those of train_prx.py
 #   ./run.sh test [flags]       the tests; flags are those of pytest
-#   ./run.sh bench [file]       every benchmark of speed, in ten minutes; the file (benchmarks/results.txt) takes what is printed
+#   ./run.sh bench [file]       every benchmark of speed, about ten minutes; the file (benchmarks/results.txt) takes what is printed
 #   ./run.sh plan [flags]       what a run would take: hours, dollars, memory, disk, and what is missing; writes nothing
 #   ./run.sh --preset=record --name=try1 ...          train_prx.py on all GPUs of this node
 #   NNODES=4 NODE_RANK=k MASTER_ADDR=host ./run.sh    the same on each of 4 nodes;   srun ./run.sh under SLURM
