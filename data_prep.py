@@ -52,7 +52,8 @@ from tqdm import tqdm
 from transformers import AutoConfig
 
 from shards import UserError, file_sha256, folder_revision, is_held_out, read_manifest, text_folder
-from train_prx import Config, Parser, T5GemmaText, load_pretrained, run_main
+from train_prx import Config, Parser, T5GemmaText, run_main
+from weights import load_pretrained
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """What a run's folder, runs/<name>/, holds: log, checkpoints, averaged weights; and whether a run may continue there.
 
     log.txt metrics.jsonl samples/          written by rank 0; a full disk delays lines, and stops nothing
+    curves.png                              drawn from metrics.jsonl at the end
     checkpoints/step_XXXXXX/                torch.distributed.checkpoint, for this run alone: its metadata are pickled
     ema.safetensors                         what people pass to each other
 """
@@ -10,6 +11,7 @@ import os
 import re
 import shutil
 import sys
+import textwrap
 import threading
 import time
 import warnings
@@ -17,13 +19,15 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import safetensors.torch
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from curves import draw_curves
 from ranks import from_rank_0, restarted
 from shards import UserError
 
@@ -114,6 +118,33 @@ def write_ema(path: Path, checkpoint: Path, identity: dict, step: int) -> None:
     safetensors.torch.save_file({name.removeprefix("ema."): tensor for name, tensor in tensors.items()}, path, metadata=metadata)
 
 
+def draw_grid(images: np.ndarray, prompts: list[str], columns: int = 4, title: str = "") -> Image.Image:
+    """Images uint8 [B, H, W, 3] as a sheet, each with its prompt below; small ones are enlarged to 192px."""
+    H, W = images.shape[1:3]
+    zoom, columns = max(1, 192 // W), min(columns, len(images))
+    font, large = ImageFont.load_default(size=12), ImageFont.load_default(size=15)
+    head = wrap(title, large, columns * (W * zoom + 8) - 8)
+    lines = [wrap(prompt, font, W * zoom)[:6] for prompt in prompts]
+    top = 12 + 20 * len(head) if head else 0
+    cell_w, cell_h = W * zoom + 8, H * zoom + 16 + 15 * max(1, *map(len, lines))
+    sheet = Image.new("RGB", (columns * cell_w, top + -(-len(images) // columns) * cell_h), "white")
+    draw = ImageDraw.Draw(sheet)
+    draw.text((4, 6), "\n".join(head), fill="black", font=large, spacing=5)
+    for i, (image, text) in enumerate(zip(images, lines)):
+        x, y = i % columns * cell_w + 4, top + i // columns * cell_h + 4
+        sheet.paste(Image.fromarray(image).resize((W * zoom, H * zoom), Image.Resampling.NEAREST), (x, y))
+        draw.text((x, y + H * zoom + 3), "\n".join(text), fill="black", font=font)
+    return sheet
+
+
+def wrap(text: str, font: ImageFont.ImageFont, width: int) -> list[str]:
+    """Lines of text, each at most `width` pixels wide."""
+    letters = max(1, int(width / font.getlength("i")))
+    while letters > 1 and any(font.getlength(line) > width for line in textwrap.wrap(text, letters)):
+        letters -= 1
+    return textwrap.wrap(text, letters)
+
+
 class RunFolder:
     """The folder of one run, open for this process alone; checkpoints are written while training goes on.
 
@@ -178,6 +209,15 @@ class RunFolder:
             except OSError as error:
                 self.log.write(f"WARNING samples/{name} is not written: {error}")
 
+    def close(self) -> None:
+        """Draw curves.png, on rank 0; where that cannot be, the log says why."""
+        if dist.get_rank() == 0:
+            try:
+                draw_curves([self.path], self.path / "curves.png")
+            except UserError as error:
+                self.log.write(f"no curves: {error}")
+            self.log.close()
+
     def last(self) -> str:
         """The newest complete checkpoint, or "none"."""
         return str((checkpoints_of(self.path) or ["none"])[-1])
@@ -230,6 +270,21 @@ class Log:
         self.is_main = dist.get_rank() == 0
         self.text, self.json = run / "log.txt", run / "metrics.jsonl"
         self.late, self.lock = {self.text: "", self.json: ""}, threading.Lock()
+        self.tracker = None
+
+    def track(self, name: str, identity: dict) -> None:
+        """Send metrics to Weights & Biases as well, under the run's name; raises UserError where that cannot be."""
+        import wandb
+
+        try:
+            self.tracker = wandb.init(project="nanoprx", name=name, dir=self.text.parent, config=identity, resume="auto")
+        except wandb.Error as error:
+            raise UserError(f"--track=wandb: {str(error).splitlines()[0]}; `wandb login` signs in") from None
+
+    def close(self) -> None:
+        """Tell the tracker that the run has ended."""
+        if self.tracker is not None:
+            self.tracker.finish()
 
     def forget_after(self, step: int) -> None:
         """Take back the metrics of later steps: what an interrupted run logged past its checkpoint happens again."""
@@ -253,6 +308,8 @@ class Log:
         """A line of metrics.jsonl."""
         if self.is_main:
             self._append(self.json, json.dumps({"step": step, **values}) + "\n")
+            if self.tracker is not None:
+                self.tracker.log(values, step=step)
 
     def _append(self, file: Path, text: str) -> None:
         """Append whole lines; what does not fit on the disk is kept for the next time."""

@@ -146,6 +146,7 @@ class RowSet:
     def __init__(self, folder: str, cfg, image_size: int):
         self.folder, self.image_size = folder, image_size
         self.manifest = read_manifest(folder)
+        self.manifest_hash = file_sha256(Path(folder) / "manifest.json")
         usable = [size for size in sorted(self.manifest["sizes"]) if size >= image_size]
         if not usable:
             raise UserError(f"{folder} has sizes {self.manifest['sizes']}, but a stage trains at {image_size}px: "

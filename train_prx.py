@@ -38,6 +38,7 @@ import functools
 import gc
 import hashlib
 import html
+import importlib.util
 import inspect
 import json
 import logging
@@ -48,7 +49,6 @@ import re
 import shutil
 import signal
 import sys
-import textwrap
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -60,7 +60,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
@@ -69,16 +68,18 @@ from torch.nn.attention.varlen import varlen_attn
 
 import ranks
 from command_line import Parser, run_main
+from metrics import IMAGENET, Scorer, parse_metrics
 from muon import Muon, local
-from run_folder import Log, RunFolder, load_checkpoint, named_tensors
+from run_folder import Log, RunFolder, draw_grid, load_checkpoint, named_tensors
 from shards import DamagedImage, Ring, RowSet, Slot, UserError, become_reader
+from weights import load_pretrained, read_init, weights_hash
 
 SOURCES = {name: Path(__file__).with_name(name).read_text() for name in
-           ("train_prx.py", "command_line.py", "muon.py", "run_folder.py", "ranks.py", "shards.py")}  # before any edit
+           ("train_prx.py", "command_line.py", "curves.py", "metrics.py", "muon.py", "run_folder.py", "ranks.py", "scenes.py",
+            "shards.py", "weights.py")}  # before any edit
 SOURCE_HASH = hashlib.sha256("".join(SOURCES.values()).encode()).hexdigest()
 
 T_MIN = 0.05  # smallest t in a division: velocity's error would otherwise grow without bound near t = 0 (code)
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # what both DINOs were trained with
 SKIPS_IN_A_ROW = 10  # non-finite steps after which a run stops
 
 
@@ -106,6 +107,7 @@ class Config:
     data: str = "data/flux_generated,data/flux_reason,data/midjourney"  # comma list of path[:weight]; default weight: its rows
     frozen: str = "pretrained"  # networks behind REPA, P-DINO and LPIPS: pretrained, scene, random (timing only) or none
     seed: int = 0  # decides the initial weights, the order of rows and every random number
+    init: str = ""  # weights to start from: a run, its ema.safetensors or a diffusers folder; empty: drawn from the seed
     stages: tuple[Stage, ...] = (Stage(512, 100_000, 1024, True), Stage(1024, 20_000, 512, False))  # size:steps:batch:repa[:short],...
     micro_batch: int = 16  # rows of a chunk, which is drawn and run as a whole; part of the run's identity
     max_steps: int = 0  # stop after this many steps without bending the schedule; 0: run all stages
@@ -163,10 +165,14 @@ class Config:
     log_every: int = 50  # steps of a log window
     eval_every: int = 1_000  # steps between held-out losses; 0: only at the end
     sample_every: int = 1_000  # steps between sample grids; 0: only at the end
+    score: str = ""  # comma list of scenes, cmmd, mmd, fdd, fid, each metric[:network], of drawn pictures; empty: none
+    score_every: int = 0  # steps between scores; 0: only at the end
+    score_n: int = 256  # pictures drawn for a score
     save_every: int = 1_000  # steps between checkpoints; 0: only at the end
     keep: int = 3  # checkpoints kept, the last ones
     keep_every: int = 20_000  # and every checkpoint at a multiple of so many steps; 0: none
     price: float = 2.0  # dollars a GPU-hour, for the running cost in the log
+    track: str = "none"  # none, or wandb: metrics.jsonl's lines go there too, if it is installed
 
     @property
     def total_steps(self) -> int:
@@ -200,10 +206,10 @@ PRESETS = {
 
 CHOICES = {
     "frozen": ("pretrained", "scene", "random", "none"), "device": ("auto", "cpu", "cuda"), "precision": ("bf16", "fp32"),
-    "guidance": ("self", "cfg", "none"), "lr_decay": ("none", "linear"),
+    "guidance": ("self", "cfg", "none"), "lr_decay": ("none", "linear"), "track": ("none", "wandb"),
 }
 NOT_IDENTITY = {"max_steps", "device", "chunks_at_once", "workers", "log_every", "eval_every", "sample_every", "save_every",
-                "keep", "keep_every", "price"}
+                "keep", "keep_every", "price", "score", "score_every", "score_n", "track"}
 
 
 def parse_stages(text: str) -> tuple[Stage, ...]:
@@ -263,12 +269,12 @@ def check_config(cfg: Config) -> None:
 
     need(re.fullmatch(r"\w[\w.-]*", cfg.name) is not None, f"--name={cfg.name}: use letters, digits, '_', and then '.' and '-'")
     for name in ("micro_batch", "chunks_at_once", "patch", "bottleneck", "width", "depth", "heads", "text_dim", "text_tokens", "ema_every",
-                 "log_every", "keep", "sample_steps", "ns_steps"):
+                 "log_every", "keep", "sample_steps", "ns_steps", "score_n"):
         need(getattr(cfg, name) > 0, f"--{name}={getattr(cfg, name)} must be at least 1")
     for name in ("grad_clip", "mlp_ratio", "rope_theta", "shift", "noise_scale", "adam_eps"):
         need(0 < getattr(cfg, name) < math.inf, f"--{name}={getattr(cfg, name)} must be a number above 0")
     for name in ("lr", "adam_lr", "max_steps", "warmup", "workers", "t_power", "repa_weight", "lpips_weight", "pdino_weight",
-                 "price", "eval_every", "sample_every", "save_every", "keep_every", "scale"):
+                 "price", "eval_every", "sample_every", "save_every", "keep_every", "score_every", "scale"):
         need(0 <= getattr(cfg, name) < math.inf, f"--{name}={getattr(cfg, name)} must be a number of at least 0")
     for name in ("drop", "ema", "momentum"):
         need(0 <= getattr(cfg, name) < 1, f"--{name}={getattr(cfg, name)} must be in [0, 1)")
@@ -290,6 +296,9 @@ def check_config(cfg: Config) -> None:
         need(stage.global_batch % cfg.micro_batch == 0,
              f"global batch {stage.global_batch} is not divisible by --micro_batch={cfg.micro_batch}")
     need(cfg.frozen != "scene", "--frozen=scene: the scene teacher is not built yet; use --frozen=none, random or pretrained")
+    need(cfg.track != "wandb" or importlib.util.find_spec("wandb") is not None, "--track=wandb: wandb is not installed: pip install wandb")
+    if cfg.score:
+        parse_metrics(cfg.score)
     need(cfg.device != "cuda" or torch.cuda.is_available(), "--device=cuda: no GPU is visible; use --device=cpu or auto")
 
 
@@ -353,14 +362,15 @@ def draw_ids_keep(B: int, N: int, drop: float, device, generator: torch.Generato
 
 @torch.no_grad()
 def generate(model, txt: Tensor, txt_mask: Tensor | None, *, null_txt: Tensor, null_mask: Tensor | None,
-             size: tuple[int, int], steps: int, guidance: str, scale: float, drop: float, seeds: list[int],
-             shift: float) -> Tensor:
+             size: tuple[int, int], steps: int, guidance: str, scale: float, drop: float, seeds: list[int], shift: float,
+             interval: tuple[float, float] = (0.0, 1.0), after_step: Callable[[], object] = lambda: None) -> Tensor:
     """Sample images x0 [B, 3, H, W] in [-1, 1] by Euler steps from noise on the shifted grid.
 
     txt [B, L, D] and txt_mask [B, L] hold one prompt an image; null_txt [1 or B, L', D] is the empty prompt's. Guidance:
     `self`, x0 = routed + scale (dense - routed), a share `drop` of tokens routed around, same prompt (arXiv 2601.01608);
-    `cfg`, x0 = empty + scale (prompt - empty) (Ho & Salimans, arXiv 2207.12598); `none`. One seed an image, drawn on the
-    CPU, so that a picture depends neither on the batch nor on the device. Raises ValueError on sizes that do not fit.
+    `cfg`, x0 = empty + scale (prompt - empty) (Ho & Salimans, arXiv 2207.12598); `none`; only at t in `interval`
+    (Kynkaanniemi et al., arXiv 2404.07724). One seed an image, drawn on the CPU, so that a picture depends neither on the
+    batch nor on the device. Raises ValueError on sizes that do not fit.
     """
     H, W = size
     B, device, patch = len(txt), txt.device, model.cfg.patch
@@ -370,23 +380,26 @@ def generate(model, txt: Tensor, txt_mask: Tensor | None, *, null_txt: Tensor, n
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     noise = torch.stack([torch.randn(3, H, W, generator=g) for g in generators])  # [B, 3, H, W]
     x = model.cfg.noise_scale * noise.to(device)
-    prompts, n = [(txt, txt_mask)], 1
-    if guidance == "cfg":
-        prompts.append((null_txt.expand(B, -1, -1), None if null_mask is None else null_mask.expand(B, -1)))
-    if isinstance(model, PRX):  # both in one batch, and the text's keys and values once, not once a step
-        prompts, n = [(model.text_keys(*join_prompts(prompts)), None)], len(prompts)
     grid = shift_t(torch.linspace(1, 0, steps + 1), shift).tolist()
-    for t_now, t_next in zip(grid, grid[1:]):
-        t = torch.full((B,), t_now, device=device)
-        x0_hat = torch.cat([model(x.repeat(n, 1, 1, 1), t.repeat(n), *text)[0] for text in prompts])  # [B or 2 B, 3, H, W]
-        if guidance == "self":
+    guided = [guidance != "none" and scale != 1 and interval[0] <= t <= interval[1] for t in grid[:-1]]
+    prompt, empty = (txt, txt_mask), (null_txt.expand(B, -1, -1), None if null_mask is None else null_mask.expand(B, -1))
+    texts = {is_guided: [prompt, empty] if is_guided and guidance == "cfg" else [prompt] for is_guided in set(guided)}
+    copies = dict.fromkeys(texts, 1)  # of the images, for one text
+    if isinstance(model, PRX):  # both prompts in one batch, and the text's keys and values once, not once a step
+        copies = {is_guided: len(both) for is_guided, both in texts.items()}
+        texts = {is_guided: [(model.text_keys(*join_prompts(both)), None)] for is_guided, both in texts.items()}
+    for t_now, t_next, is_guided in zip(grid, grid[1:], guided):
+        t, n = torch.full((B,), t_now, device=device), copies[is_guided]
+        x0_hat = torch.cat([model(x.repeat(n, 1, 1, 1), t.repeat(n), *text)[0] for text in texts[is_guided]])  # [B or 2 B, 3, H, W]
+        if is_guided and guidance == "self":
             ids_keep = torch.cat([draw_ids_keep(1, N, drop, "cpu", g) for g in generators]).to(device)
-            routed, _ = model(x, t, *prompts[0], ids_keep)
+            routed, _ = model(x, t, *texts[is_guided][0], ids_keep)
             x0_hat = routed + scale * (x0_hat - routed)
-        elif guidance == "cfg":
-            x0_hat, empty = x0_hat.chunk(2)
-            x0_hat = empty + scale * (x0_hat - empty)
+        elif is_guided:
+            x0_hat, without = x0_hat.chunk(2)
+            x0_hat = without + scale * (x0_hat - without)
         x = x + (t_next - t_now) * velocity(x, x0_hat, t)
+        after_step()
     return x.clamp(-1, 1)
 
 
@@ -697,9 +710,25 @@ class PRX(nn.Module):
                 else:
                     bound = module.in_features**-0.5
                     whole = torch.empty(p.shape).uniform_(-bound, bound, generator=tag_generator("cpu", seed, full_name))
-                if isinstance(p, DTensor):
-                    whole = distribute_tensor(whole.to(p.device), p.device_mesh, p.placements, src_data_rank=None).to_local()
-                local([p])[0].copy_(whole)
+                set_whole(p, whole)
+
+    def load_weights(self, state: dict[str, Tensor], source: str | Path) -> None:
+        """Set every parameter but those of REPA's projector to tensors that each rank holds whole; raises UserError."""
+        parameters = {name: p for name, p in self.named_parameters() if not name.startswith("repa_projector.")}
+        for name in sorted(parameters.keys() | state.keys()):
+            ours, theirs = (tuple(x[name].shape) if name in x else "none" for x in (parameters, state))
+            if ours != theirs:
+                raise UserError(f"{source}: {name} has shape {theirs}, but the model's is {ours}")
+        for name, p in parameters.items():
+            set_whole(p, state[name])
+
+
+@torch.no_grad()
+def set_whole(p: Tensor, whole: Tensor) -> None:
+    """Set a parameter, which may be sharded, to a tensor that every rank holds whole."""
+    if isinstance(p, DTensor):
+        whole = distribute_tensor(whole.to(p.device), p.device_mesh, p.placements, src_data_rank=None).to_local()
+    local([p])[0].copy_(whole)
 
 
 def gather_tokens(x: Tensor, ids: Tensor) -> Tensor:
@@ -709,34 +738,6 @@ def gather_tokens(x: Tensor, ids: Tensor) -> Tensor:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Frozen networks: the text encoder, and the three that judge (REPA's teacher, P-DINO, LPIPS)
-
-FALLBACKS = {  # gated model -> (the flag that replaces it, an open model)
-    "facebook/dinov3-vitl16-pretrain-lvd1689m": ("--repa_teacher", "facebook/dinov2-with-registers-large"),
-    "google/t5gemma-2b-2b-ul2": ("--text_encoder", "the folder `text_encoder` of Photoroom/prx-1024-t2i-beta, downloaded"),
-}
-
-
-def load_pretrained(loader, model_id: str, **kwargs):
-    """`loader.from_pretrained`, its failures as one UserError: the id, where access is asked for, the open fallback."""
-    from transformers import logging as transformers_logging
-
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its five attempts, before the one line below
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()  # a report of the decoder's unused weights; missing ones raise below
-    try:
-        loaded = loader.from_pretrained(model_id, **kwargs)
-    except (OSError, ValueError, KeyError) as error:
-        flag, fallback = FALLBACKS.get(model_id, (None, None))
-        advice = f"; open fallback: {flag}={fallback}" if flag else ""
-        on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", model_id) and not Path(model_id).exists()
-        where = f"; access and download: https://huggingface.co/{model_id}" if on_hub else ""
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-        raise UserError(f"cannot load {model_id}: {reason}{where}{advice}") from None
-    if kwargs.get("output_loading_info"):
-        loaded, info = loaded
-        if info["missing_keys"]:
-            raise UserError(f"{model_id} lacks weights of {loader.__name__}: {', '.join(sorted(info['missing_keys'])[:3])}, ...")
-    return loaded
 
 
 class TextEncoder:
@@ -769,18 +770,19 @@ class T5GemmaText(TextEncoder):
 
     PACK = 4096  # tokens of one forward: enough to fill a GPU, and a mask of 4096 x 4096
 
-    def __init__(self, cfg: Config, device: torch.device):
+    def __init__(self, cfg: Config, device: torch.device, dtype: torch.dtype | None = None):
         from transformers import AutoConfig, AutoTokenizer, T5GemmaEncoderModel
         from transformers.models.t5gemma.modeling_t5gemma import T5GemmaEncoder
 
         self.device, self.max_length = device, cfg.text_tokens
-        self.tokenizer = load_pretrained(AutoTokenizer, cfg.text_encoder)
+        beside = Path(cfg.text_encoder).with_name("tokenizer")  # where a diffusers folder has it
+        self.tokenizer = load_pretrained(AutoTokenizer, str(beside) if beside.is_dir() else cfg.text_encoder)
         # A whole T5Gemma, or its encoder alone, as PRX's checkpoints carry it
         alone = load_pretrained(AutoConfig, cfg.text_encoder).model_type == "t5_gemma_module"
         loader, how = (T5GemmaEncoder, {}) if alone else (T5GemmaEncoderModel, {"is_encoder_decoder": False})
         model = load_pretrained(  # eager attention: SDPA leaves out T5Gemma's soft cap on the scores
             loader, cfg.text_encoder, **how, attn_implementation="eager", output_loading_info=True,
-            dtype=torch.bfloat16 if cfg.precision == "bf16" else torch.float32)
+            dtype=dtype or (torch.bfloat16 if cfg.precision == "bf16" else torch.float32))
         self.model = model.eval().requires_grad_(False).to(device)
         self.dim = model.config.hidden_size if alone else model.config.encoder.hidden_size
 
@@ -857,24 +859,38 @@ class BuiltinText(TextEncoder):
         return self.table[near, torch.arange(2 * reach + 1, device=self.device)].sum(1), is_word.sum(1).tolist()
 
 
-def load_text_encoder(cfg: Config, device: torch.device) -> TextEncoder:
-    """The encoder that `cfg.text_encoder` names; raises UserError where it cannot be had, or is not `cfg.text_dim` wide."""
+def load_text_encoder(cfg: Config, device: torch.device, dtype: torch.dtype | None = None) -> TextEncoder:
+    """The encoder that `cfg.text_encoder` names, in `dtype`, or else in the run's precision.
+
+    Raises UserError where it cannot be had, or is not `cfg.text_dim` wide.
+    """
     if cfg.text_encoder == "builtin":
         return BuiltinText(cfg, device)
-    encoder = T5GemmaText(cfg, device)
+    encoder = T5GemmaText(cfg, device, dtype)
     if encoder.dim != cfg.text_dim:
         raise UserError(f"{cfg.text_encoder} gives {encoder.dim}-dim latents, not {cfg.text_dim}: pass --text_dim={encoder.dim}")
     return encoder
 
 
 class StoredPrompts(TextEncoder):
-    """The text encoder of a run whose data holds latents: it knows the empty prompt and those of the sample grids."""
+    """The text encoder of a run whose data holds latents: it knows the empty prompt, those of the grids, and held-out captions."""
 
-    def __init__(self, cfg: Config, stored: dict[str, Tensor], device: torch.device):
-        self.max_length, self.stored, self.device = cfg.text_tokens, stored, device
+    def __init__(self, cfg: Config, sets: list[RowSet], device: torch.device):
+        self.max_length, self.device = cfg.text_tokens, device
+        self.stored = {prompt: latents for s in sets for prompt, latents in s.latents.prompts.items()}
+        self.rows = {s.columns["caption"][int(row)].as_py(): (s, row) for s in sets for row in s.held_out[: cfg.score_n]}
+
+    def read(self, prompt: str) -> Tensor:
+        """The latents of one prompt [its tokens, D]; raises UserError where they are not stored."""
+        if prompt in self.stored:
+            return self.stored[prompt]
+        if prompt not in self.rows:
+            raise UserError(f"the data's text latents are of its own captions only, not of {prompt!r}: score with cmmd, mmd, fdd or fid")
+        s, row = self.rows[prompt]
+        return s.latents.read(row, "caption")
 
     def latents(self, prompts: list[str]) -> tuple[Tensor, list[int]]:
-        latents = [self.stored[prompt] for prompt in prompts]
+        latents = [self.read(prompt) for prompt in prompts]
         return torch.cat(latents).to(self.device), [len(x) for x in latents]
 
 
@@ -913,8 +929,7 @@ class Dino:
         self.dtype = dtype
         self.patch, self.dim = model.config.patch_size, model.config.hidden_size
         self.prefix = 1 + getattr(model.config, "num_register_tokens", 0)  # [CLS, registers, patches]
-        self.mean = torch.tensor(IMAGENET_MEAN, device=device)[:, None, None]
-        self.std = torch.tensor(IMAGENET_STD, device=device)[:, None, None]
+        self.mean, self.std = torch.tensor(IMAGENET, device=device)[..., None, None]  # what both DINOs were trained with
 
     def __call__(self, images: Tensor, size: tuple[int, int]) -> Tensor:
         """Features of `images` resized to `size` pixels; [B, (H / patch) (W / patch), D] fp32."""
@@ -1336,10 +1351,10 @@ def train_step(model: PRX, optimizer: Muon, ema: EMA, frozen: Frozen, batches: I
 
 
 @torch.no_grad()
-def held_out_loss(model: PRX, chunks: Chunks, encode_text: TextEncoder, cfg: Config, device: torch.device) -> float | None:
-    """The flow-matching loss of up to 64 held-out rows, dense, each at a fixed t and noise; None where no row is held out."""
-    rows = [row for s in chunks.sets for row in s.read_held_out(-(-64 // len(chunks.sets)))]
-    errors = []
+def held_out_losses(model: PRX, chunks: Chunks, encode_text: TextEncoder, cfg: Config, device: torch.device, n: int = 64) -> Tensor:
+    """The flow-matching loss of each of up to `n` held-out rows, dense, at a fixed t and noise of its own: [rows]."""
+    rows = [row for s in chunks.sets for row in s.read_held_out(-(-n // len(chunks.sets)))]
+    errors = [torch.zeros(0, device=device)]
     for first in range(0, len(rows), cfg.micro_batch):
         part = rows[first : first + cfg.micro_batch]
         batch = make_batch(chunks.collate(part), encode_text, device)
@@ -1349,7 +1364,7 @@ def held_out_loss(model: PRX, chunks: Chunks, encode_text: TextEncoder, cfg: Con
         x0_hat, _ = model(add_noise(batch["x0"], eps, t), t, batch["txt"], batch["txt_mask"])
         error = (x0_hat - batch["x0"]).square().mean(dim=(1, 2, 3))
         errors.append(error / t.clamp(min=T_MIN) ** cfg.t_power)
-    return torch.cat(errors).mean().item() if errors else None
+    return torch.cat(errors)
 
 
 def to_uint8(x0: Tensor) -> np.ndarray:
@@ -1357,31 +1372,15 @@ def to_uint8(x0: Tensor) -> np.ndarray:
     return ((x0.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
-def draw_grid(images: np.ndarray, prompts: list[str], columns: int = 4) -> Image.Image:
-    """Images uint8 [B, H, W, 3] as a sheet, each with its prompt below; small ones are enlarged to 192px."""
-    H, W = images.shape[1:3]
-    zoom = max(1, 192 // W)
-    font = ImageFont.load_default(size=12)
-    lines = [textwrap.wrap(prompt, max(12, W * zoom // 6))[:6] for prompt in prompts]
-    cell_w, cell_h = W * zoom + 8, H * zoom + 16 + 15 * max(1, *map(len, lines))
-    columns = min(columns, len(images))
-    sheet = Image.new("RGB", (columns * cell_w, -(-len(images) // columns) * cell_h), "white")
-    draw = ImageDraw.Draw(sheet)
-    for i, (image, text) in enumerate(zip(images, lines)):
-        x, y = i % columns * cell_w + 4, i // columns * cell_h + 4
-        sheet.paste(Image.fromarray(image).resize((W * zoom, H * zoom), Image.Resampling.NEAREST), (x, y))
-        draw.text((x, y + H * zoom + 3), "\n".join(text), fill="black", font=font)
-    return sheet
+def sampling_settings(cfg: Config) -> dict:
+    """How a run draws its own samples: the settings of `generate`."""
+    return {"steps": cfg.sample_steps, "guidance": cfg.guidance, "scale": cfg.scale, "drop": cfg.drop, "shift": cfg.shift}
 
 
-def sample_grid(model: PRX, prompts: list[str], encode_text: TextEncoder, cfg: Config, image_size: int) -> Image.Image:
-    """The run's fixed prompts, seed i for prompt i, drawn as a sheet."""
-    txt, txt_mask = encode_text(prompts)
-    null_txt, null_mask = encode_text([""])
-    x0 = generate(model, txt, txt_mask, null_txt=null_txt, null_mask=null_mask, size=(image_size, image_size),
-                  steps=cfg.sample_steps, guidance=cfg.guidance, scale=cfg.scale, drop=cfg.drop,
-                  seeds=list(range(len(prompts))), shift=cfg.shift)
-    return draw_grid(to_uint8(x0), prompts)
+def draw(model: PRX, encode_text: TextEncoder, prompts: list[str], seeds: list[int], size: tuple[int, int], **settings) -> Tensor:
+    """Pictures of prompts, one seed each: x0 [B, 3, H, W] in [-1, 1]; settings as `generate` takes them."""
+    (txt, txt_mask), (null_txt, null_mask) = encode_text(prompts), encode_text([""])
+    return generate(model, txt, txt_mask, null_txt=null_txt, null_mask=null_mask, size=size, seeds=seeds, **settings)
 
 
 class Window(NamedTuple):
@@ -1471,6 +1470,8 @@ def write_header(log: Log, cfg: Config, frozen: Frozen, model: PRX, data: dict, 
         log.write("WARNING --frozen=random: lpips, pdino and repa come from random weights and mean nothing")
     if start:
         log.write(f"continuing from step {start}")
+    elif cfg.init and dist.get_rank() == 0:
+        log.write(f"starting from the weights of {cfg.init}, sha256 {weights_hash(cfg.init)[:12]}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1513,22 +1514,26 @@ def train(cfg: Config, resume: str, device: torch.device, mesh: DeviceMesh, watc
     # Set up: data first, since what is missing there is cheapest to find
     stages = [(stage, first_step, Chunks(cfg, stage, first_row)) for stage, first_step, first_row in stage_spans(cfg)]
     sets = stages[0][2].sets
-    folders = [s.folder for s in sets]
-    data = {folder: hashlib.sha256((Path(folder) / "manifest.json").read_bytes()).hexdigest() for folder in folders}
+    data = {s.folder: s.manifest_hash for s in sets}
     identity = {"config": config_to_json(cfg), "source": SOURCE_HASH, "data": data}
     run = RunFolder(cfg.name, resume, identity, NOT_IDENTITY, end, cfg.keep, cfg.keep_every)
     log = run.log
+    if cfg.track == "wandb":
+        ranks.from_rank_0(lambda: log.track(cfg.name, identity))
     for turn in (0, 1):  # rank 0 first: what is downloaded is downloaded once
         if (rank == 0) == (turn == 0):
             if all(s.latents for s in sets):
-                encode_text = StoredPrompts(cfg, {k: v for s in sets for k, v in s.latents.prompts.items()}, device)
+                encode_text = StoredPrompts(cfg, sets, device)
             else:
                 encode_text = load_text_encoder(cfg, device)
             frozen = load_frozen(cfg, device)
         dist.barrier()
+    scorer = Scorer(cfg.score, stages[-1][2].sets, cfg.score_n, device, batch=cfg.micro_batch) if cfg.score else None
 
     # Build
     model = build_model(cfg, mesh, device)
+    if cfg.init and run.checkpoint is None:
+        model.load_weights(read_init(cfg.init, cfg), cfg.init)
     optimizer = build_optimizer(model, cfg)
     ema = EMA(model)
     progress = {"step": torch.zeros((), dtype=torch.int64), "seconds": torch.zeros((), dtype=torch.float64),
@@ -1585,10 +1590,15 @@ def train(cfg: Config, resume: str, device: torch.device, mesh: DeviceMesh, watc
         windows = []  # closed, not yet reported
         first = True  # the stage's first step compiles
 
+        def sample(prompts: list[str], seeds: Iterable[int], side: int = stage.image_size) -> np.ndarray:
+            """Pictures uint8 [B, H, W, 3] as the run draws them."""
+            return to_uint8(draw(model, encode_text, prompts, list(seeds), (side, side), **sampling_settings(cfg)))
+
         while step < stage_end and not stop:
-            eval_due, sample_due, save_due = (every and (step + 1) % every == 0 or step + 1 == stage_end
-                                              for every in (cfg.eval_every, cfg.sample_every, cfg.save_every))
-            pause = eval_due or sample_due or save_due
+            eval_due, sample_due, score_due, save_due = (
+                every and (step + 1) % every == 0 or step + 1 == stage_end
+                for every in (cfg.eval_every, cfg.sample_every, cfg.score_every, cfg.save_every))
+            pause = eval_due or sample_due or score_due or save_due
             closing = pause or (step + 1) % cfg.log_every == 0
             values, ok, norms = train_step(model, optimizer, ema, frozen, batches, cfg, stage, step, watched if closing else {})
             meter.add(values, ok)
@@ -1613,14 +1623,19 @@ def train(cfg: Config, resume: str, device: torch.device, mesh: DeviceMesh, watc
                 progress["seconds"].fill_(paused - started)
                 with ema.applied(), torch.compiler.set_stance("force_eager"):
                     if eval_due:
-                        loss = held_out_loss(model, chunks, encode_text, cfg, device)
-                        if loss is not None:
-                            log.write(f"step {step}/{end}  held-out loss {loss:.4f}")
-                            log.metrics(step, held_out=loss, seconds=paused - started)
+                        losses = held_out_losses(model, chunks, encode_text, cfg, device)
+                        if len(losses):
+                            log.write(f"step {step}/{end}  held-out loss {losses.mean():.4f}")
+                            log.metrics(step, held_out=losses.mean().item(), seconds=paused - started)
                     if sample_due:
                         prompts = [prompt for s in chunks.sets for prompt in s.manifest["prompts"]][:16]
-                        sheet = sample_grid(model, prompts, encode_text, cfg, stage.image_size)
+                        sheet = draw_grid(sample(prompts, range(len(prompts))), prompts)
                         run.save_picture(sheet, f"step_{step:06d}.png")
+                    if score_due and scorer:
+                        scores = scorer(sample)
+                        log.write(f"step {step}/{end}  " + "  ".join(f"{name} {s.value:.4g} +-{s.error:.2g}" for name, s in scores.items()))
+                        log.metrics(step, **{name: s.value for name, s in scores.items()}, seconds=paused - started,
+                                    **{f"{name}_error": s.error for name, s in scores.items()})
                 if save_due or stop:
                     drifted = ranks.drifted_ranks(dict(named_tensors(state)), mesh)
                     if drifted:
@@ -1639,6 +1654,7 @@ def train(cfg: Config, resume: str, device: torch.device, mesh: DeviceMesh, watc
         raise UserError(f"the checkpoint of step {step} could not be written: {run.trouble}; make room, and the same command "
                         f"continues from {run.last()}")
     finished = step >= end
+    run.close()
     if finished:
         log.write(f"finished at step {step}: {run.path}/ema.safetensors, samples in {run.path}/samples")
     else:

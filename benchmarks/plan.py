@@ -36,8 +36,9 @@ from data_prep import SETS  # noqa: E402
 from muon import Muon, assign_owners, local, newton_schulz_cost  # noqa: E402
 from shards import RowSet, UserError, read_manifest, text_folder  # noqa: E402
 from train_prx import (  # noqa: E402
-    EMA, FALLBACKS, PRESETS, PRX, Config, Frozen, Parser, Stage, build_model, build_optimizer, chunks_together, compiles, last_step,
+    EMA, PRESETS, PRX, Config, Frozen, Parser, Stage, build_model, build_optimizer, chunks_together, compiles, last_step,
     load_frozen, parse_config, run_main, stage_spans, train_step, training_loss)
+from weights import FALLBACKS  # noqa: E402
 
 META = torch.device("meta")
 PEAK = 790e12  # FLOP/s of an H200 on dense bf16 matrices of random numbers, measured

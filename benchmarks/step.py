@@ -45,12 +45,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.muon import loop_back  # noqa: E402
 from benchmarks.plan import clock, count_stage, hardware, newton_schulz_loads, random_frozen, size_text, synthetic_batch  # noqa: E402
 from muon import local  # noqa: E402
-from sample import diffusers_config, to_diffusers  # noqa: E402
+from sample import diffusers_config  # noqa: E402
 from scenes import caption, make_scenes, render  # noqa: E402
 from shards import UserError  # noqa: E402
 from train_prx import (  # noqa: E402
     EMA, PRESETS, BuiltinText, Config, Frozen, Parser, Stage, build_model, build_optimizer, gather_tokens, gradient_norm,
     load_frozen, lr_factor, parse_config, run_main, tag_generator, train_step, training_loss)
+from weights import to_diffusers  # noqa: E402
 
 ARMS = ("ours", "diffusers", "diffusers-routed", "prx", "prx-routed")
 TOLERANCES = {"fp32": (1e-4, 0.9999), "bf16": (1e-2, 0.999)}  # relative difference of losses, cosine of all gradients and, in fp32, of each

@@ -185,6 +185,23 @@ def curve(folder: Path, name: str = "loss") -> dict[int, float]:
     return dict(pairs)
 
 
+def enliven(folder: Path) -> Path:
+    """A run's ema.safetensors with random numbers on all weights, in a folder `lively` beside it: every prompt, seed, layer
+    and setting then matters."""
+    import torch
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    with safe_open(folder / "ema.safetensors", framework="pt") as file:
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
+    generator = torch.Generator().manual_seed(0)
+    for name in sorted(tensors):  # the order in the file is free
+        tensors[name] += 0.15 * torch.randn(tensors[name].shape, generator=generator)
+    (folder.parent / "lively").mkdir()
+    save_file(tensors, folder.parent / "lively/ema.safetensors", metadata=metadata)
+    return folder.parent / "lively"
+
+
 def last_checkpoint(folder: Path) -> Path:
     """The newest complete checkpoint of a run."""
     return sorted((folder / "checkpoints").glob("step_*"))[-1]

@@ -190,6 +190,9 @@ def test_self_guidance_is_routed_plus_scale_times_dense_minus_routed(scale):
     model = Planted(lambda x, t, txt, ids: torch.full_like(x, 0.2 if ids is None else 0.1))
     out = draw(model, guidance="self", scale=scale)
     assert (out - (0.1 + scale * (0.2 - 0.1))).abs().max() < 1e-5  # measured 8e-8
+    if scale == 1:
+        assert len(model.calls) == 6, "there is nothing to guide: one pass a step"
+        return
     dense, routed = model.calls[0::2], model.calls[1::2]
     assert len(dense) == len(routed) == 6 and all(call.ids_keep is None for call in dense)
     for a, b in zip(dense, routed):  # the same picture, time and prompt
@@ -202,6 +205,9 @@ def test_cfg_is_empty_plus_scale_times_prompt_minus_empty(scale):
     out = draw(model, guidance="cfg", scale=scale)
     for picture, prompt in zip(out, (0.1, 0.2)):
         assert (picture - (-0.1 + scale * (prompt + 0.1))).abs().max() < 1e-5  # measured 8e-8
+    if scale == 1:
+        assert len(model.calls) == 6, "there is nothing to guide: one pass a step"
+        return
     prompts, empties = model.calls[0::2], model.calls[1::2]
     assert len(prompts) == len(empties) == 6 and all(call.ids_keep is None for call in model.calls)
     for a, b in zip(prompts, empties):
@@ -216,6 +222,17 @@ def test_guidance_may_push_x0_hat_out_of_range_and_euler_does_not_clamp_on_the_w
     last = model.calls[-1].x
     expected = 0.75 * 2.5 + 0.25 * noise_of([10, 11], (8, 12))
     assert (last - expected).abs().max() < 1e-5  # measured 2e-7
+
+
+@pytest.mark.parametrize("guidance", ["self", "cfg"])
+def test_guidance_acts_within_its_interval_only(guidance):
+    model = Planted(lambda x, t, txt, ids: torch.full_like(x, 0.1 if ids is not None or (txt == -1).all() else 0.2))
+    out = draw(model, guidance=guidance, scale=3.0, steps=4, shift=1.0, interval=(0.4, 0.8))
+    assert [call.t[0].item() for call in model.calls] == [1, 0.75, 0.75, 0.5, 0.5, 0.25]
+    x = noise_of([10, 11], (8, 12)).double()
+    for t, x0_hat in ((1, 0.2), (0.75, 0.4), (0.5, 0.4), (0.25, 0.2)):
+        x = x - 0.25 * (x - x0_hat) / t
+    assert (out - x.clamp(-1, 1)).abs().max() < 1e-5  # measured 6e-8
 
 
 def tiny_model() -> PRX:

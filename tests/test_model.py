@@ -26,9 +26,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import train_prx  # noqa: E402
-from sample import diffusers_config, from_diffusers, to_diffusers  # noqa: E402
+from sample import diffusers_config  # noqa: E402
 from train_prx import (PRX, Config, Keys, RMSNorm, Text, apply_rotary, build_model, build_optimizer,  # noqa: E402
                        draw_ids_keep, gather_tokens, rotary_table)
+from weights import from_diffusers, to_diffusers  # noqa: E402
 
 TINY = Config(patch=4, bottleneck=12, width=48, depth=6, heads=3, text_dim=20, text_tokens=7, route_start=1, route_end=-1,
               repa_depth=3, repa_dim=10, precision="fp32", compile=False)

@@ -368,8 +368,16 @@ def test_training_on_latents_needs_no_encoder_but_for_its_hash(tmp_path, embedde
     chunks = Chunks(cfg, Stage(32, 10, 4, True), 0)
     prompts = chunks.sets[0].latents.prompts
     assert list(prompts) == ["", *chunks.sets[0].manifest["prompts"]]
-    txt, mask = StoredPrompts(cfg, prompts, torch.device("cpu"))(["", chunks.sets[0].manifest["prompts"][3]])
+    encode = StoredPrompts(cfg, chunks.sets, torch.device("cpu"))
+    txt, mask = encode(["", chunks.sets[0].manifest["prompts"][3]])
     assert mask.sum(1).tolist() == [len(prompts[""]), len(prompts[chunks.sets[0].manifest["prompts"][3]])] and txt.shape == (2, 256, 24)
+    row = chunks.sets[0].read(5)  # as if it were held out: a score then draws its caption
+    chunks.sets[0].held_out = np.array([5])
+    encode = StoredPrompts(cfg, chunks.sets, torch.device("cpu"))
+    latents, lengths = encode.latents([row["caption"]])
+    assert torch.equal(latents, row["latents"]) and lengths == [len(latents)]
+    with pytest.raises(UserError, match="not of 'a unicorn'"):
+        encode(["a unicorn"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
