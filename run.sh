@@ -89,10 +89,10 @@ train() {
 
 # A preset on scenes: data if it is missing, training, score and grid.
 scenes() {
-    local preset=$1 size=$2 name=$1; shift 2
+    local preset=$1 size=$2 score_every=$3 name=$1; shift 3
     for flag in "$@"; do case $flag in --name=*) name=${flag#--name=} ;; esac; done
     [ -e "data/$preset" ] || "$PYTHON" scenes.py make --out="data/$preset" --rows=20000 --size="$size"
-    train --preset="$preset" "$@"
+    train --preset="$preset" --score=scenes --score_every="$score_every" --score_n=64 "$@"
     "$PYTHON" sample.py score --checkpoint="runs/$name"
 }
 
@@ -134,8 +134,8 @@ case $command in
         set_up requirements.txt
         gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
         if [ "${NNODES:-${SLURM_NNODES:-1}}" -gt 1 ] || [ "$gpus" -ge 8 ]; then train --preset=record
-        elif [ "$gpus" -ge 1 ]; then scenes solo 256
-        else scenes demo 32
+        elif [ "$gpus" -ge 1 ]; then scenes solo 256 1000
+        else scenes demo 32 200
         fi ;;
     bench)
         set_up requirements.txt benchmarks/requirements.txt
@@ -143,8 +143,8 @@ case $command in
     plan)
         set_up requirements.txt
         "$PYTHON" benchmarks/plan.py "${@:2}" ;;
-    demo) set_up requirements.txt; scenes demo 32 "${@:2}" ;;
-    solo) set_up requirements.txt; scenes solo 256 "${@:2}" ;;
+    demo) set_up requirements.txt; scenes demo 32 200 "${@:2}" ;;
+    solo) set_up requirements.txt; scenes solo 256 1000 "${@:2}" ;;
     --*) set_up requirements.txt; train "$@" ;;
     *) fail "unknown command $command; known are demo, solo, bench, plan, test and any flag of train_prx.py (./run.sh --help)" ;;
 esac

@@ -1590,9 +1590,9 @@ def train(cfg: Config, resume: str, device: torch.device, mesh: DeviceMesh, watc
         windows = []  # closed, not yet reported
         first = True  # the stage's first step compiles
 
-        def sample(prompts: list[str], seeds: Iterable[int], side: int = stage.image_size) -> np.ndarray:
-            """Pictures uint8 [B, H, W, 3] as the run draws them."""
-            return to_uint8(draw(model, encode_text, prompts, list(seeds), (side, side), **sampling_settings(cfg)))
+        def sample(prompts: list[str], seeds: Iterable[int]) -> np.ndarray:
+            """Pictures uint8 [B, H, W, 3] of the stage's size, as the run draws them."""
+            return to_uint8(draw(model, encode_text, prompts, list(seeds), (stage.image_size,) * 2, **sampling_settings(cfg)))
 
         while step < stage_end and not stop:
             eval_due, sample_due, score_due, save_due = (

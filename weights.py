@@ -8,6 +8,7 @@ Our names are those of PRX's own code (`blocks.0.img_qkv_proj.weight`); diffuser
 """
 import json
 import logging
+import math
 import os
 import re
 from pathlib import Path
@@ -111,12 +112,14 @@ def model_flags(path: str | Path, state: dict[str, Tensor]) -> dict[str, int | f
         width, text_dim = state["txt_in.weight"].shape
         hidden = len(state["blocks.0.gate_proj.weight"])
         depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
+        ratios = (math.ceil(hidden / width * 10**digits) / 10**digits for digits in range(1, 9))
+        ratio = next(ratio for ratio in ratios if int(width * ratio) == hidden)  # 2.7, where 345 / 128 is 2.6953125
         flags = {"width": width, "text_dim": text_dim, "heads": width // len(state["blocks.0.qk_norm.query_norm.scale"]),
-                 "depth": depth, "mlp_ratio": hidden / width}
+                 "depth": depth, "mlp_ratio": ratio}
         if "img_in.0.weight" in state:
             flags |= {"patch": round((len(state["final_layer.linear.bias"]) / 3) ** 0.5), "bottleneck": len(state["img_in.0.bias"])}
-    except (KeyError, ValueError) as error:
-        raise UserError(f"{path} holds no weights of PRX: {error} is missing") from None
+    except (KeyError, ValueError, StopIteration, ZeroDivisionError) as error:
+        raise UserError(f"{path} holds no weights of PRX: {error or 'a shape'} is missing or wrong") from None
     return flags
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from sample import load_checkpoint
 from train_prx import draw, shift_t
-from weights import read_transformer, read_weights
+from weights import model_flags, read_transformer, read_weights
 
 PROMPT = "a large red circle in the top left, on a gray background"
 OTHER = "a small blue square in the bottom right"
@@ -232,6 +232,15 @@ def test_a_run_that_goes_on_does_not_start_from_them_again(tmp_path, tiny, livel
     a, b = (load_file(folder / "ema.safetensors") for folder in (whole, halves))
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert any(not torch.equal(a[name], t) for name, t in read_weights(lively)[0].items())
+
+
+@pytest.mark.parametrize("ratio", [1, 2.7, 3.3, 3.5, 4])
+def test_the_flags_of_weights_are_those_of_their_model(ratio):
+    from train_prx import PRX, Config
+
+    cfg = Config(patch=4, bottleneck=6, width=128, heads=4, depth=2, mlp_ratio=ratio, text_dim=5, repa_weight=0)
+    flags = model_flags("here", PRX(cfg).state_dict())
+    assert flags == {"patch": 4, "bottleneck": 6, "width": 128, "heads": 4, "depth": 2, "text_dim": 5, "mlp_ratio": ratio}
 
 
 def test_weights_of_another_model_are_refused_with_the_flags_that_fit(tmp_path, tiny, lively):

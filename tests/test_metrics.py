@@ -317,6 +317,19 @@ def inception(tmp_path, monkeypatch) -> Path:
     return file
 
 
+class Bomb:
+    def __reduce__(self):
+        return Path.touch, (Path("exploded"),)
+
+
+def test_an_inception_with_code_in_it_is_refused(inception, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save(torch.load(inception) | {"bomb": Bomb()}, inception)
+    with pytest.raises(UserError, match="metric fid cannot load its network"):
+        Network("fid", "", CPU)
+    assert not (tmp_path / "exploded").exists()
+
+
 def test_fid_is_torchmetrics_fid_of_the_same_uint8_images(inception, held_out):
     from torchmetrics.image.fid import FrechetInceptionDistance
 
