@@ -25,7 +25,8 @@ if str(ROOT) not in sys.path:
 
 ENV = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 PRELOADED = ["pytest", "torch", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.checkpoint", "torchvision",
-             "datasets", "transformers", "safetensors.torch", "PIL.Image", "tqdm"]
+             "datasets", "transformers", "safetensors.torch", "PIL.Image", "tqdm", "matplotlib.figure",
+             "matplotlib.backends.backend_agg", "diffusers.pipelines.prx.pipeline_prx_pixel"]
 PATIENCE = 90  # seconds for any one command
 
 # A model and a schedule small enough for 20 steps a second; `data` is added by the fixture `tiny`. 4 chunks a step.

@@ -94,7 +94,7 @@ def test_an_exported_pipeline_draws_what_we_draw(with_gemma, pipeline_folder, si
                      use_resolution_binning=False).images
     model, cfg, encode_text = load_checkpoint(with_gemma)
     expected = draw(model, encode_text, [PROMPT], [7], size, steps=4, guidance="cfg", scale=2.5, drop=0.5, shift=3.0)
-    assert (found.float().clamp(-1, 1) - expected).abs().max() <= 1e-4 and expected.std() > 0.02  # measured: 1.2e-6
+    assert (found.float().clamp(-1, 1) - expected).abs().max() <= 1e-4 and expected.std() > 0.02  # measured 1.7e-5
 
     sampled(pipeline_folder.parent, f"--checkpoint={with_gemma}", f"--prompt={PROMPT}", "--seed=7", f"--size={size[0]}x{size[1]}",
             "--steps=4", "--guidance=cfg", "--scale=2.5", "--out=ours.png")
@@ -212,12 +212,18 @@ def test_prxs_own_names_are_read_behind_any_prefix(tmp_path, lively):
 # Starting from weights
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("kind", ["a run", "a file", "an export", "an import"])
-def test_a_run_starts_from_weights_with_a_fresh_optimizer(tmp_path, tiny, lively, kind, ranks):
-    sampled(tmp_path, "export", f"--checkpoint={lively}", "--out=exported")
-    sampled(tmp_path, "import", "--from=exported", "--out=imported", "--text_encoder=builtin")
-    init = {"a run": lively, "a file": lively / "ema.safetensors", "an export": "exported", "an import": "imported"}[kind]
+@pytest.fixture(scope="module")
+def starts(tmp_path_factory, lively) -> dict[str, Path]:
+    """What a run may start from, by what it is: all with the weights of `lively`."""
+    folder = tmp_path_factory.mktemp("starts")
+    sampled(folder, "export", f"--checkpoint={lively}", "--out=exported")
+    sampled(folder, "import", "--from=exported", "--out=imported", "--text_encoder=builtin")
+    return {"a run": lively, "a file": lively / "ema.safetensors", "an export": folder / "exported", "an import": folder / "imported"}
+
+
+@pytest.mark.parametrize("kind, ranks", [("a run", 1), ("a file", 2), ("an export", 1), ("an export", 2), ("an import", 1)])
+def test_a_run_starts_from_weights_with_a_fresh_optimizer(tmp_path, tiny, lively, starts, kind, ranks):
+    init = starts[kind]
     result = run(tmp_path, "train_prx.py", *tiny, f"--init={init}", "--max_steps=1", "--lr=0", "--adam_lr=0", ranks=ranks)
     assert result.status == 0 and f"starting from the weights of {init}, sha256 " in result.stdout, result
     ours, theirs = read_weights(tmp_path / "runs/demo")[0], read_weights(lively)[0]

@@ -172,7 +172,7 @@ def test_the_batch_changes_no_picture(lively):
             parts = [draw(model, encode_text, prompts[i : i + batch], seeds[i : i + batch], (32, 48), **settings)
                      for i in range(0, 5, batch)]
             worst = max(worst, (torch.cat(parts) - whole).abs().max().item())
-    assert worst <= 1e-4, worst  # measured: 1e-6
+    assert worst <= 1e-4, worst  # measured 4e-5: guidance at scale 3 through random weights
 
 
 def test_a_folder_holds_one_picture_a_prompt_and_seed_whatever_the_ranks(tmp_path, lively):
