@@ -300,6 +300,12 @@ def reference_features(metric: str, network: Network, s: RowSet, rows: list[int]
 # The scorer
 
 
+def level_of(manifest: dict) -> str:
+    """The level of a data set of scenes, by its manifest; demo for any other."""
+    source, _, level = manifest.get("source", "").partition(":")
+    return level if source == "scenes" and level in scenes.LEVELS else "demo"
+
+
 class Scorer:
     """Scores pictures of prompts that training does not show. Made once, called as often as wanted; both are collective.
 
@@ -311,8 +317,7 @@ class Scorer:
     def __init__(self, metrics: str, sets: list[RowSet], n: int, device: torch.device, *, level: str | None = None,
                  seed: int = 0, batch: int = 32):
         wanted = parse_metrics(metrics)
-        source, _, of_sets = (sets[0].manifest["source"] if sets else "").partition(":")
-        level = level or (of_sets if source == "scenes" else "demo")
+        level = level or level_of(sets[0].manifest if sets else {})
         self.device, self.seed, self.batch = torch.device(device), seed, batch
         self.shown: dict[str, tuple[np.ndarray, list[str]]] = {}  # round -> the first pictures of this rank, and their prompts
         self.scenes = scenes.make_scenes(n, seed, "held_out", level) if "scenes" in wanted else []
@@ -323,7 +328,11 @@ class Scorer:
             folders = ", ".join(s.folder for s in sets) or "no data set"
             raise UserError(f"{', '.join(wanted)}: {folders} gives {len(self.prompts)} of {n} held-out rows, and 2 are needed: "
                             f"use a data set with more of them ({HELD_OUT:.0%} of rows are held out)")
-        self.networks = {metric: Network(metric, model_id, self.device) for metric, model_id in wanted.items()}
+        for turn in (0, 1):  # rank 0 first: what is downloaded is downloaded once
+            if (rank_and_world()[0] == 0) == (turn == 0):
+                self.networks = {metric: Network(metric, model_id, self.device) for metric, model_id in wanted.items()}
+            if dist.is_initialized():
+                dist.barrier()
         self.references = {}  # metric -> features [m, D]
         for metric, network in self.networks.items():
             y = torch.cat([reference_features(metric, network, s, of_set, batch)

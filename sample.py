@@ -9,15 +9,13 @@
     python sample.py curves --runs=runs/try1,runs/try2 --out=curves.png
 
 Reads `ema.safetensors` only: averaged weights, with the run's config in their metadata. Nothing is unpickled. How pictures
-are scored is in metrics.py, what curves are drawn in curves.py.
+are scored is in metrics.py, what curves show in curves.py, what is exported and imported in exchange.py.
 """
 
 import contextlib
 import json
 import logging
-import os
 import re
-import shutil
 from argparse import ArgumentTypeError
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -25,7 +23,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import safetensors.torch
 import torch
 import torch.distributed as dist
 from PIL import Image
@@ -35,44 +32,16 @@ from tqdm import tqdm
 import ranks
 import scenes
 from curves import draw_curves
-from metrics import METRICS, Scorer, gather_rows, my_share, resample_weights, to_score
+from exchange import export_diffusers, import_weights, read_checkpoint
+from metrics import METRICS, Scorer, gather_rows, level_of, my_share, resample_weights, to_score
 from run_folder import draw_grid
 from shards import RowSet, file_sha256, read_manifest
-from train_prx import (PRESETS, PRX, Chunks, Config, Parser, Stage, TextEncoder, UserError, check_config, compiles,
-                       config_from_json, config_to_json, draw, held_out_losses, load_text_encoder, run_main, sampling_settings,
-                       to_uint8)
-from weights import (BUILT_IN, is_diffusers, model_flags, read_json, read_safetensors, read_transformer, to_diffusers,
-                     weights_file)
+from train_prx import (PRESETS, PRX, Chunks, Config, Parser, TextEncoder, UserError, compiles, draw, held_out_losses,
+                       load_text_encoder, run_main, sampling_settings, to_uint8)
+from weights import weights_file
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints
-
-
-def read_checkpoint(path: str | Path) -> tuple[PRX, Config, dict[str, str]]:
-    """The averaged weights of a run in fp32 on the CPU, its config, and the file's metadata.
-
-    Raises UserError where the file is not a nanoPRX checkpoint, is damaged, or holds tensors of other names or shapes than
-    its config says.
-    """
-    if is_diffusers(path):
-        raise UserError(f"{path} is a diffusers folder: bring it here with `python sample.py import --from={path} --out=DIR`")
-    file = weights_file(path)
-    state, metadata = read_safetensors(file)
-    if metadata.get("format") != "nanoprx":
-        raise UserError(f"{file} is not a nanoPRX checkpoint: its metadata has no config")
-    if any(t.dtype != torch.float32 for t in state.values()):
-        raise UserError(f"{file} is damaged: its tensors are not all fp32")
-    try:
-        cfg = config_from_json(json.loads(metadata["config"]))
-        with torch.device("meta"):
-            model = PRX(cfg)
-    except UserError as error:
-        raise UserError(f"{file}: {error}") from None
-    except Exception as error:  # a damaged config raises almost anything
-        raise UserError(f"{file}: its config is damaged ({type(error).__name__})") from None
-    model.repa_projector = None  # stays with the run
-    model.to_empty(device="cpu").load_weights(state, file)
-    return model.eval().requires_grad_(False), cfg, metadata
 
 
 def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> tuple[PRX, Config, TextEncoder]:
@@ -139,11 +108,12 @@ def sample(args, device: torch.device) -> None:
                         "in .png")
     if not args.out.suffix and args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
         raise UserError(f"--out={args.out} exists and is not empty: name another folder")
+    dist.barrier()  # before any rank writes there
     model, cfg, encode_text = load(args, device)
     weights_hash = file_sha256(weights_file(args.checkpoint))
-    if args.like and (text := read_text(args.like)).get("checkpoint") != weights_hash:
-        raise UserError(f"--like={args.like} was drawn with a checkpoint of sha256 {text.get('checkpoint', 'unknown')[:12]}, "
-                        f"and {args.checkpoint} has {weights_hash[:12]}")
+    if args.like and (other := read_text(args.like)["checkpoint"]) != weights_hash:
+        raise UserError(f"--like={args.like} was drawn with a checkpoint of sha256 {other[:12]}, and {args.checkpoint} has "
+                        f"{weights_hash[:12]}")
     settings = settings_of(args, cfg)
     side = cfg.stages[-1].image_size
     size = args.size or (side, side)
@@ -151,36 +121,29 @@ def sample(args, device: torch.device) -> None:
         if length % cfg.patch:
             raise UserError(f"--size={size[0]}x{size[1]}: both must be multiples of the patch, {cfg.patch}")
 
-    def text(**what) -> PngInfo:
-        """What a PNG says of itself: the flags that draw it again, and the weights' sha256."""
-        flags = {**what, "size": f"{size[0]}x{size[1]}", **settings, "interval": "{}:{}".format(*settings["interval"])}
-        info = PngInfo()
-        for key, value in {**flags, "checkpoint": weights_hash}.items():
-            info.add_text(key, value if isinstance(value, str) else json.dumps(value))
-        return info
-
+    said = {"size": f"{size[0]}x{size[1]}", **settings, "interval": "{}:{}".format(*settings["interval"]),
+            "checkpoint": weights_hash}
     is_main = dist.get_rank() == 0
     if args.sweep:
         sheet = sweep(model, cfg, encode_text, prompts[0], seeds[0], size, args.batch, args.sweep, settings)
-        info = text(prompt=prompts[0], seed=seeds[0], sweep=",".join(f"{scale:g}" for scale in args.sweep))
-        done = f"{args.out}: scales {', '.join(f'{scale:g}' for scale in args.sweep)}, {settings['steps']} steps, seed {seeds[0]}"
         if is_main:
-            save_picture(sheet, args.out, info)
-            print(done)
+            scales = ",".join(f"{scale:g}" for scale in args.sweep)
+            save_picture(sheet, args.out, prompt=prompts[0], seed=seeds[0], sweep=scales, **said)
+            print(f"{args.out}: scales {scales}, {settings['steps']} steps, seed {seeds[0]}")
         return
     repeated, each = [prompt for prompt in prompts for _ in seeds], seeds * len(prompts)
     if args.out.suffix:
         images = sample_images(model, encode_text, repeated, each, size, args.batch, **settings)
         if is_main and len(images) == 1:
-            save_picture(Image.fromarray(images[0]), args.out, text(prompt=prompts[0], seed=seeds[0]))
+            save_picture(Image.fromarray(images[0]), args.out, prompt=prompts[0], seed=seeds[0], **said)
         elif is_main:
-            save_picture(draw_grid(images, repeated, columns=max(len(seeds), 4)), args.out, text(prompts=prompts, seeds=seeds))
+            save_picture(draw_grid(images, repeated, columns=max(len(seeds), 4)), args.out, prompts=prompts, seeds=seeds, **said)
     else:
         mine = list(range(len(repeated)))[dist.get_rank() :: dist.get_world_size()]
         for items, images in draw_batches(model, encode_text, repeated, each, size, args.batch, mine, **settings):
             for i, image in zip(items, images):
                 name = f"{i // len(seeds):05d}-{each[i]}.png"
-                save_picture(Image.fromarray(image), args.out / name, text(prompt=repeated[i], seed=each[i]))
+                save_picture(Image.fromarray(image), args.out / name, prompt=repeated[i], seed=each[i], **said)
         dist.barrier()
     if is_main:
         print(f"{args.out}: {len(repeated)} image(s) of {size[1]} x {size[0]} px, guidance {settings['guidance']} "
@@ -231,9 +194,10 @@ def flags_of(file: Path, given: list[str]) -> list[str]:
         seeds = ",".join(map(str, json.loads(text["seeds"]) if "seeds" in text else [text["seed"]]))
     except (KeyError, ValueError, TypeError):
         raise UserError(f"--like={file} is damaged: it does not say what it shows") from None
-    names = {flag.partition("=")[0].removeprefix("--") for flag in given}
+    names = {flag.partition("=")[0].removeprefix("--") for flag in given if flag.startswith("--")}
     flags = [] if names & {"prompt", "prompts"} else [f"--prompt={prompt}" for prompt in prompts]
-    flags += [] if names & {"seed", "seeds", "n"} else [f"--seeds={seeds}"]
+    if not names & {"seed", "seeds"}:
+        flags.append(f"--seed={seeds.partition(',')[0]}" if "n" in names else f"--seeds={seeds}")
     return flags + [f"--{name}={text[name]}" for name in ("size", *SETTINGS, "sweep") if name in text and name not in names]
 
 
@@ -250,8 +214,11 @@ def sweep(model: PRX, cfg: Config, encode_text: TextEncoder, prompt: str, seed: 
     return draw_grid(np.concatenate(images), labels, columns=1 + len(scales), title=prompt)
 
 
-def save_picture(picture: Image.Image, path: Path, text: PngInfo | None = None) -> None:
-    """Write a PNG, its folder too if need be; raises UserError where that cannot be."""
+def save_picture(picture: Image.Image, path: Path, **said) -> None:
+    """Write a PNG that says of itself what is `said`, its folder too if need be; raises UserError where that cannot be."""
+    text = PngInfo()
+    for key, value in said.items():
+        text.add_text(key, value if isinstance(value, str) else json.dumps(value))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         picture.save(path, "PNG", pnginfo=text)
@@ -271,233 +238,61 @@ MEANING = {"objects": "right colour in the right place", "exact": "and right sha
 
 def score(args, device: torch.device) -> None:
     """`sample.py score`: pictures of held-out prompts beside what they should be; writes score_METRIC.json and .png."""
-    wanted = args.metric.split(",")
+    wanted = [metric.strip() for metric in args.metric.split(",")]
     of_pictures = [metric for metric in wanted if metric != "held_out"]
+    if unknown := [metric for metric in of_pictures if metric.partition(":")[0] not in METRICS]:
+        raise UserError(f"--metric={unknown[0]}: known are {', '.join(METRICS)} and held_out")
     model, cfg, encode_text = load(args, device)
     settings = settings_of(args, cfg)
     cfg = replace(cfg, data=args.data or cfg.data)
-    stage, folder, is_main = cfg.stages[-1], weights_file(args.checkpoint).parent, dist.get_rank() == 0
-    side, sets = stage.image_size, []
+    stage, file = cfg.stages[-1], weights_file(args.checkpoint)
+    side, folders, sets, level = stage.image_size, [part.partition(":")[0] for part in cfg.data.split(",")], [], args.level
     if wanted != ["scenes"]:
-        sets = [RowSet(part.partition(":")[0], replace(cfg, text_encoder="builtin"), side) for part in cfg.data.split(",")]
-    results = {}  # metric -> name -> Score
+        sets = [RowSet(folder, replace(cfg, text_encoder="builtin"), side) for folder in folders]
+    elif level is None and (Path(folders[0]) / "manifest.json").is_file():
+        level = level_of(read_manifest(folders[0]))
+    results, shown = {}, {}  # metric -> name -> Score; round -> pictures and their prompts
 
     if of_pictures:
-        scorer = Scorer(",".join(of_pictures), sets, args.n, device, level=args.level, seed=args.seed, batch=args.batch)
+        scorer = Scorer(",".join(of_pictures), sets, args.n, device, level=level, seed=args.seed, batch=args.batch)
         found = scorer(lambda prompts, seeds: to_uint8(draw(model, encode_text, prompts, seeds, (side, side), **settings)))
         for name, value in found.items():
             metric, _, of_scenes = name.partition("_")
             results.setdefault(metric, {})[of_scenes or metric] = value
+        shown = scorer.shown
     if "held_out" in wanted:
         losses = held_out_losses(model, Chunks(cfg, stage, 0), encode_text, cfg, device, args.n).cpu().double()
         if len(losses) == 0:
             raise UserError(f"--data={cfg.data} has no held-out rows: it is too small")
         results["held_out"] = {"held_out": to_score(resample_weights(len(losses)) @ losses)}
 
-    if not is_main:
+    if dist.get_rank() > 0:
         return
     print(f"{args.checkpoint}: up to {args.n} pictures, {side}px, guidance {settings['guidance']} {settings['scale']:g}, "
           f"{settings['steps']} steps; +- is half of the 95% interval")
-    about = {"n": args.n, "seed": args.seed, "level": args.level, "image_size": side, **settings,
-             "checkpoint": file_sha256(weights_file(args.checkpoint)), "data": {s.folder: s.manifest_hash for s in sets}}
     for metric, scores in results.items():
         for name, (value, error) in scores.items():
-            shown = f"{100 * value:6.1f}% +- {100 * error:.1f}" if metric == "scenes" else f"{value:8.4f} +- {error:.4f}"
-            print(f"  {name:10}{shown}  {MEANING[name]}")
-        values, errors = ({name: score[k] for name, score in scores.items()} for k in (0, 1))
-        (folder / f"score_{metric}.json").write_text(json.dumps({**about, **values, "error": errors}, indent=2) + "\n")
-    for kind, (images, prompts) in scorer.shown.items() if of_pictures else ():
-        first = "scenes" if kind == "scenes" else next(metric for metric in results if metric not in ("scenes", "held_out"))
-        grid = args.out or folder / f"score_{first}.png"
-        save_picture(draw_grid(images, prompts), grid)
+            percent = f"{100 * value:6.1f}% +- {100 * error:.1f}"
+            print(f"  {name:10}{percent if metric == 'scenes' else f'{value:8.4f} +- {error:.4f}'}  {MEANING[name]}")
+    about = {"n": args.n, "seed": args.seed, "image_size": side, **settings, "checkpoint": file_sha256(file),
+             "data": {s.folder: s.manifest_hash for s in sets}}
+    try:
+        for metric, scores in results.items():
+            values, errors = ({name: pair[k] for name, pair in scores.items()} for k in (0, 1))
+            file.with_name(f"score_{metric}.json").write_text(json.dumps({**about, **values, "error": errors}, indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write the scores beside {file}: {error.strerror}") from None
+    for kind, (images, prompts) in shown.items():
+        metric = "scenes" if kind == "scenes" else next(name for name in results if name not in ("scenes", "held_out"))
+        grid = file.with_name(f"score_{metric}.png")
+        if args.out:  # a sheet of its own for either kind
+            grid = args.out if len(shown) == 1 else args.out.with_stem(f"{args.out.stem}_{kind}")
+        save_picture(draw_grid(images, prompts), grid, metrics=args.metric, **about)
         print(f"grid: {grid}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# diffusers: export
-
-LICENCES = {  # source of a data set -> what its pictures are under
-    "scenes": "procedural pictures, MIT",
-    "flux_reason": "pictures by FLUX.1-dev, whose licence restricts training competing models on them",
-    "flux_generated": "pictures by FLUX models, whose licences restrict training competing models on them",
-    "midjourney": "pictures by Midjourney v6, under the terms of its set's card",
-}
-
-
-@contextlib.contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """A folder under another name, which gets its own when it is complete; raises UserError if there is one already."""
-    if out.exists():
-        raise UserError(f"{out} exists and is never overwritten: name another folder with --out")
-    aside = out.with_name(f".{out.name}.partial")
-    try:
-        shutil.rmtree(aside, ignore_errors=True)  # of an export that was killed
-        aside.mkdir(parents=True)
-        yield aside
-        os.replace(aside, out)
-    except OSError as error:
-        raise UserError(f"cannot write --out={out}: {error}") from None
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def diffusers_config(cfg: Config) -> dict:
-    """The arguments of `PRXTransformer2DModel` for the same network."""
-    head_dim = cfg.width // cfg.heads
-    return dict(in_channels=3, patch_size=cfg.patch, bottleneck_size=cfg.bottleneck, context_in_dim=cfg.text_dim,
-                hidden_size=cfg.width, mlp_ratio=cfg.mlp_ratio, num_heads=cfg.heads, depth=cfg.depth,
-                axes_dim=[head_dim // 2, head_dim // 2], theta=cfg.rope_theta, **BUILT_IN)
-
-
-def export_diffusers(path: str | Path, out: str | Path) -> None:
-    """Write a run's averaged weights, with a model card, as a folder for diffusers; raises UserError if `out` exists.
-
-    A run with a hub text encoder becomes a whole `PRXPixelPipeline`; one with the built-in encoder its transformer only,
-    since diffusers has no such encoder. What was imported is written as it was.
-    """
-    try:
-        from diffusers import FlowMatchEulerDiscreteScheduler, PRXPixelPipeline, PRXTransformer2DModel
-        from diffusers.utils import logging as diffusers_logging
-    except ImportError:
-        raise UserError("export takes diffusers 0.42 or newer: pip install diffusers ftfy") from None
-    diffusers_logging.set_verbosity_error()  # of casts to the dtype that it had
-    out, file = Path(out), weights_file(path)
-    model, cfg, metadata = read_checkpoint(path)
-    transformer = PRXTransformer2DModel(**diffusers_config(cfg))
-    transformer.load_state_dict(to_diffusers(model.state_dict()))
-    with new_folder(out) as aside:
-        if "origin" in metadata:
-            transformer.to(getattr(torch, metadata["dtype"])).save_pretrained(aside / "transformer")
-            copy_all_but_weights(Path(metadata["origin"]), aside)
-        elif cfg.text_encoder == "builtin":
-            transformer.save_pretrained(aside / "transformer")
-        else:
-            encode_text = load_text_encoder(cfg, torch.device("cpu"), torch.float32)
-            PRXPixelPipeline(
-                transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=cfg.shift), text_encoder=encode_text.model,
-                tokenizer=encode_text.tokenizer, default_sample_size=cfg.stages[-1].image_size, prompt_max_tokens=cfg.text_tokens,
-                noise_scale=cfg.noise_scale,  # written out: diffusers' default is 2.0
-            ).save_pretrained(aside)
-        if "origin" not in metadata:
-            write_card(file, aside, out.name, cfg, metadata, sum(p.numel() for p in model.parameters()))
-    if cfg.text_encoder == "builtin":
-        print(f"{out}/transformer: the transformer only, because diffusers has no built-in text encoder")
-    else:
-        print(f"{out}: diffusers.PRXPixelPipeline.from_pretrained({str(out)!r})")
-
-
-def copy_all_but_weights(pipeline: Path, out: Path) -> None:
-    """A pipeline's folder without the files of its transformer's weights, copied over another; raises UserError."""
-    if not pipeline.is_dir():
-        raise UserError(f"{pipeline}, from where this was imported, is gone, and with it its text encoder and tokenizer")
-    shutil.copytree(pipeline, out, dirs_exist_ok=True, ignore=lambda folder, names: [
-        name for name in names if Path(folder) == pipeline / "transformer" and name != "config.json"])
-
-
-CARD = """---
-library_name: diffusers
-pipeline_tag: text-to-image
-license: {licence}
-tags: [prx, pixel-space, nanoprx]
----
-
-# {name}
-
-A text-to-image transformer on raw pixels, without a VAE: {parameters:,} parameters, trained by nanoPRX.
-{picture}
-## Use
-
-{use}
-
-## Recipe
-
-| | |
-| --- | --- |
-{recipe}
-
-## Data
-
-{data}
-
-## Licences
-
-{licences}
-
-## Scores
-
-{scores}
-
-## Provenance
-
-Source sha256 `{source}`; log sha256 `{log}`.
-"""
-USE_PIPELINE = """```python
-from diffusers import PRXPixelPipeline
-
-pipeline = PRXPixelPipeline.from_pretrained("{name}")  # this folder, or its name on the hub
-picture = pipeline("a prompt", height={side}, width={side}, num_inference_steps={steps}, guidance_scale={scale:g},
-                   use_resolution_binning=False).images[0]
-```"""
-USE_TRANSFORMER = """```python
-from diffusers import PRXTransformer2DModel
-
-transformer = PRXTransformer2DModel.from_pretrained("{name}", subfolder="transformer")
-```
-
-The transformer only: its prompts went through nanoPRX's built-in text encoder, which diffusers does not have."""
-
-
-def write_card(weights: Path, out: Path, name: str, cfg: Config, metadata: dict[str, str], parameters: int) -> None:
-    """README.md, the hub's model card: recipe, data, licences, scores and provenance; the last sample grid as samples.png.
-
-    It says what is known and names files and folders without their paths.
-    """
-    run = weights.parent
-    grids = sorted(run.glob("samples/step_*.png")) or sorted(run.glob("score_*.png"))
-    if grids:
-        shutil.copyfile(grids[-1], out / "samples.png")
-    side, builtin = cfg.stages[-1].image_size, cfg.text_encoder == "builtin"
-    encoder = cfg.text_encoder if re.fullmatch(r"[^/]+/[^/]+", cfg.text_encoder) else Path(cfg.text_encoder).name
-    recipe = {
-        "network": f"PRX, width {cfg.width}, depth {cfg.depth}, {cfg.heads} heads, patch {cfg.patch} through {cfg.bottleneck}",
-        "schedule": "; ".join(f"{s.steps:,} steps of {s.global_batch} images at {s.image_size}px" for s in cfg.stages)
-                    + f"; these weights are of step {metadata.get('step', '0')}",
-        "loss": f"x-prediction, squared error / t^{cfg.t_power:g}; frozen networks of the other terms: {cfg.frozen}",
-        "routing": f"{cfg.drop:.0%} of the tokens skip blocks {cfg.route.start} to {cfg.route.stop - 1} in training",
-        "optimizer": f"Muon {cfg.lr:g}, Adam {cfg.adam_lr:g}; weights averaged with {cfg.ema:g} every {cfg.ema_every} steps",
-        "started from": Path(cfg.init).name if cfg.init else f"seed {cfg.seed}",
-        "text encoder": f"{encoder}, {cfg.text_tokens} tokens",
-        "sampling": f"time shift {cfg.shift:g}, noise scale {cfg.noise_scale:g}",
-    }
-    data, licences, sources = [], [], set()
-    for path, manifest_hash in json.loads(metadata.get("data", "{}")).items():
-        data.append(f"{Path(path).name}, manifest sha256 `{manifest_hash}`")
-        with contextlib.suppress(UserError, OSError):  # the data may be elsewhere by now, or have changed
-            if file_sha256(Path(path) / "manifest.json") == manifest_hash:
-                manifest = read_manifest(path)
-                data[-1] += f": {manifest['rows']:,} rows of {manifest['source']}"
-                sources.add(manifest["source"].partition(":")[0])
-                licences.append(f"{Path(path).name}: {LICENCES.get(manifest['source'].partition(':')[0], 'those of its pictures')}")
-    if not builtin:
-        licences.append(f"text encoder {encoder}: T5Gemma is under the Gemma terms, https://ai.google.dev/gemma/terms")
-    scores, weights_hash = [], file_sha256(weights)
-    for values in map(read_json, sorted(run.glob("score_*.json"))):
-        if values.get("checkpoint") == weights_hash:  # and not of an earlier step
-            about = (f"{values['n']} pictures, seed {values['seed']}, guidance {values['guidance']} {values['scale']:g}, "
-                     f"{values['steps']} steps")
-            scores += [f"| {name} | {values[name]:.4f} | {error:.4f} | {about} |" for name, error in values["error"].items()]
-    use = USE_TRANSFORMER if builtin else USE_PIPELINE
-    log = run / "log.txt"
-    (out / "README.md").write_text(CARD.format(
-        name=name, parameters=parameters, licence="mit" if sources == {"scenes"} and builtin else "other",
-        picture="\n![samples](samples.png)\n" if grids else "",
-        recipe="\n".join(f"| {key} | {value} |" for key, value in recipe.items()),
-        use=use.format(name=name, side=side, steps=cfg.sample_steps, scale=cfg.scale),
-        data="\n".join(f"- {line}" for line in data) or "Not recorded.",
-        licences="\n".join(f"- {line}" for line in licences) or "Not recorded.",
-        scores="\n".join(["| score | value | half of the 95% interval | of |", "| --- | --- | --- | --- |", *scores])
-               if scores else "Not scored.",
-        source=metadata.get("source", "unknown"), log=file_sha256(log) if log.is_file() else "unknown"))
+# Command line
 
 
 def export(args) -> None:
@@ -505,92 +300,9 @@ def export(args) -> None:
     export_diffusers(args.checkpoint, args.out)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# diffusers: import
-
-
-def import_weights(args) -> None:
-    """`sample.py import`: a diffusers folder, or PRX's own names in a safetensors file -> a folder as a run's, to start from.
-
-    Weights that draw latents give all but `img_in` and `final_layer.linear`, which are drawn anew for pixels.
-    """
-    source = download(args.source, args.revision)
-    pipeline = source if (source / "transformer").is_dir() else None
-    if is_diffusers(source):
-        state, config, dtype = read_transformer(pipeline / "transformer" if pipeline else source)
-    elif source.suffix == ".safetensors":
-        state, config, dtype = read_prx(source), {}, torch.float32
-    else:
-        raise UserError(f"--from={args.source} is neither a diffusers folder nor a .safetensors file; pickled weights (.pt, "
-                        ".bin) are never read")
-    flags = {"patch": args.patch, "bottleneck": args.bottleneck, **model_flags(source, state)}
-    half_head = flags["width"] // flags["heads"] // 2
-    if config.get("axes_dim", [half_head, half_head]) != [half_head, half_head]:
-        raise UserError(f"{source}: its axes_dim is {config['axes_dim']}, and ours are two equal halves of a head")
-
-    record = PRESETS["record"]
-    files = {name: source / name for name in ("model_index.json", "scheduler/scheduler_config.json")}
-    index, scheduler = (read_json(file) if pipeline and file.is_file() else {} for file in files.values())
-    encoder = args.text_encoder
-    if encoder is None and (source / "text_encoder").is_dir():
-        encoder = str(source / "text_encoder")
-    elif encoder is None and flags["text_dim"] == record.text_dim:
-        encoder = record.text_encoder
-    elif encoder is None:
-        raise UserError(f"{source} has no text encoder: name it with --text_encoder, a hub id, a folder or builtin")
-    side = args.size or index.get("default_sample_size") or record.stages[0].image_size
-    cfg = replace(record, name=re.sub(r"\W", "-", args.out.name), data="", frozen="none", guidance="cfg", text_encoder=encoder,
-                  text_tokens=index.get("prompt_max_tokens", args.text_tokens), noise_scale=index.get("noise_scale", 1.0),
-                  shift=scheduler.get("shift", record.shift), rope_theta=float(config.get("theta", record.rope_theta)),
-                  stages=(Stage(side, 1, record.micro_batch, False),), repa_depth=min(record.repa_depth, flags["depth"]), **flags)
-    check_config(cfg if len(cfg.route) else replace(cfg, drop=0.0))
-    model = PRX(replace(cfg, repa_weight=0.0))
-    anew = [] if "img_in.0.weight" in state else ["img_in", "final_layer.linear"]
-    if anew:
-        state = {name: t for name, t in state.items() if not name.startswith(tuple(anew))}
-        state |= {name: t for name, t in model.state_dict().items() if name.startswith(tuple(anew))}
-    model.load_weights(state, source)
-    metadata = {"format": "nanoprx", "config": json.dumps(config_to_json(cfg)), "step": "0", "data": "{}",
-                "source": f"imported from {Path(args.source).name}"}
-    if pipeline and not anew:  # what it takes to export it again as it was
-        metadata |= {"origin": str(pipeline.resolve()), "dtype": str(dtype).removeprefix("torch.")}
-    with new_folder(args.out) as aside:
-        safetensors.torch.save_file(model.state_dict(), aside / "ema.safetensors", metadata=metadata)
-    print(f"{args.out}: width {cfg.width}, depth {cfg.depth}, patch {cfg.patch}, text encoder {cfg.text_encoder}"
-          + (f"; it drew latents, so {' and '.join(anew)} start anew, for pixels" if anew else ""))
-    other = [f"--{name}={value:g}" for name, value in flags.items() if value != getattr(record, name)]
-    other += [f"--text_encoder={encoder}"] if encoder != record.text_encoder else []
-    print(" ".join([f"train from it with --init={args.out}", *other]))
-
-
-def download(source: str, revision: str | None) -> Path:
-    """`source` itself if it is there, else the weights, configs and card of the hub's repository of that name; raises UserError."""
-    if Path(source).exists():
-        return Path(source)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
-        raise UserError(f"--from={source} does not exist, and is no name of a repository on the hub")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(source, revision=revision, allow_patterns=[
-            "*.json", "README.md", "samples.png", "transformer/*.safetensors", "text_encoder/*.safetensors", "tokenizer/*"]))
-    except (OSError, ValueError) as error:  # the hub's own errors are of these
-        raise UserError(f"cannot download {source}: {(str(error).strip() or type(error).__name__).splitlines()[0]}; "
-                        f"access: https://huggingface.co/{source}") from None
-
-
-def read_prx(file: Path) -> dict:
-    """Weights under PRX's own names, which are ours, behind a common prefix or none; averaged ones if the file has both."""
-    state, _ = read_safetensors(file)
-    prefixes = [name.removesuffix("txt_in.weight") for name in state if name.endswith("txt_in.weight")]
-    if not prefixes:
-        raise UserError(f"{file} holds no weights of PRX: there is no txt_in.weight")
-    prefix = max(prefixes, key=lambda prefix: "ema" in prefix)
-    return {name.removeprefix(prefix): t.float() for name, t in state.items() if name.startswith(prefix)}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Command line
+def import_(args) -> None:
+    """`sample.py import`."""
+    import_weights(**vars(args))
 
 
 def curves(args) -> None:
@@ -702,7 +414,7 @@ def build_parsers() -> dict[str, tuple[Parser, Callable]]:
                         "metric:network takes another network, a hub id or folder")
     scorer.add_argument("--data", default=None, help="data whose held-out rows are drawn, for all but scenes (default: the run's)")
     scorer.add_argument("--n", type=positive, default=256, help="pictures")
-    scorer.add_argument("--level", choices=list(scenes.LEVELS), default="demo", help="level of the scenes")
+    scorer.add_argument("--level", choices=list(scenes.LEVELS), default=None, help="level of the scenes (default: the data's)")
     scorer.add_argument("--out", type=Path, default=None, help="PNG of the first 16 (default: score_METRIC.png beside the "
                         "checkpoint)")
 
@@ -731,7 +443,7 @@ def build_parsers() -> dict[str, tuple[Parser, Callable]]:
     plotter.add_argument("--runs", required=True, help="comma list of runs' folders")
     plotter.add_argument("--out", type=Path, default=None, help="PNG to write (default: curves.png of the first run)")
     return {"": (drawer, on_ranks(sample)), "score": (scorer, on_ranks(score)), "export": (exporter, export),
-            "import": (importer, import_weights), "curves": (plotter, curves)}
+            "import": (importer, import_), "curves": (plotter, curves)}
 
 
 def on_ranks(command: Callable) -> Callable:

@@ -77,7 +77,8 @@ from weights import load_pretrained, read_init, weights_hash
 SOURCES = {name: Path(__file__).with_name(name).read_text() for name in
            ("train_prx.py", "command_line.py", "curves.py", "metrics.py", "muon.py", "run_folder.py", "ranks.py", "scenes.py",
             "shards.py", "weights.py")}  # before any edit
-SOURCE_HASH = hashlib.sha256("".join(SOURCES.values()).encode()).hexdigest()
+LOOK_ON = {"curves.py", "metrics.py", "scenes.py"}  # they score and draw; a run goes on with another version of them
+SOURCE_HASH = hashlib.sha256("".join(text for name, text in SOURCES.items() if name not in LOOK_ON).encode()).hexdigest()
 
 T_MIN = 0.05  # smallest t in a division: velocity's error would otherwise grow without bound near t = 0 (code)
 SKIPS_IN_A_ROW = 10  # non-finite steps after which a run stops
@@ -296,7 +297,8 @@ def check_config(cfg: Config) -> None:
         need(stage.global_batch % cfg.micro_batch == 0,
              f"global batch {stage.global_batch} is not divisible by --micro_batch={cfg.micro_batch}")
     need(cfg.frozen != "scene", "--frozen=scene: the scene teacher is not built yet; use --frozen=none, random or pretrained")
-    need(cfg.track != "wandb" or importlib.util.find_spec("wandb") is not None, "--track=wandb: wandb is not installed: pip install wandb")
+    need(cfg.track != "wandb" or importlib.util.find_spec("wandb") is not None,
+         "--track=wandb: wandb is not installed: pip install wandb")
     if cfg.score:
         parse_metrics(cfg.score)
     need(cfg.device != "cuda" or torch.cuda.is_available(), "--device=cuda: no GPU is visible; use --device=cpu or auto")
@@ -873,19 +875,22 @@ def load_text_encoder(cfg: Config, device: torch.device, dtype: torch.dtype | No
 
 
 class StoredPrompts(TextEncoder):
-    """The text encoder of a run whose data holds latents: it knows the empty prompt, those of the grids, and held-out captions."""
+    """The text encoder of a run whose data holds latents: it knows the empty prompt, those of the grids, and held-out captions.
+
+    Raises UserError where the run is to draw other prompts.
+    """
 
     def __init__(self, cfg: Config, sets: list[RowSet], device: torch.device):
+        if cfg.score and "scenes" in parse_metrics(cfg.score):
+            raise UserError("--score=scenes: the data's text latents are of its own captions only; score with cmmd, mmd, fdd or fid")
         self.max_length, self.device = cfg.text_tokens, device
         self.stored = {prompt: latents for s in sets for prompt, latents in s.latents.prompts.items()}
         self.rows = {s.columns["caption"][int(row)].as_py(): (s, row) for s in sets for row in s.held_out[: cfg.score_n]}
 
     def read(self, prompt: str) -> Tensor:
-        """The latents of one prompt [its tokens, D]; raises UserError where they are not stored."""
+        """The latents of one prompt, [its tokens, D]."""
         if prompt in self.stored:
             return self.stored[prompt]
-        if prompt not in self.rows:
-            raise UserError(f"the data's text latents are of its own captions only, not of {prompt!r}: score with cmmd, mmd, fdd or fid")
         s, row = self.rows[prompt]
         return s.latents.read(row, "caption")
 
@@ -1528,7 +1533,6 @@ def train(cfg: Config, resume: str, device: torch.device, mesh: DeviceMesh, watc
                 encode_text = load_text_encoder(cfg, device)
             frozen = load_frozen(cfg, device)
         dist.barrier()
-    scorer = Scorer(cfg.score, stages[-1][2].sets, cfg.score_n, device, batch=cfg.micro_batch) if cfg.score else None
 
     # Build
     model = build_model(cfg, mesh, device)
@@ -1587,6 +1591,9 @@ def train(cfg: Config, resume: str, device: torch.device, mesh: DeviceMesh, watc
         order = [s * per_step + rank * mine + k for s in range(step - first_step, stage_end - first_step) for k in range(mine)]
         batches = (make_batch(raw, encode_text, device) for raw in load_chunks(chunks, order, device))
         meter = Meter(["loss", *term_names(cfg, frozen, stage), "grad_norm"], mesh, device)
+        paused = time.perf_counter()
+        scorer = Scorer(cfg.score, chunks.sets, cfg.score_n, device, batch=cfg.micro_batch) if cfg.score else None
+        started += time.perf_counter() - paused
         windows = []  # closed, not yet reported
         first = True  # the stage's first step compiles
 
@@ -1633,9 +1640,10 @@ def train(cfg: Config, resume: str, device: torch.device, mesh: DeviceMesh, watc
                         run.save_picture(sheet, f"step_{step:06d}.png")
                     if score_due and scorer:
                         scores = scorer(sample)
-                        log.write(f"step {step}/{end}  " + "  ".join(f"{name} {s.value:.4g} +-{s.error:.2g}" for name, s in scores.items()))
-                        log.metrics(step, **{name: s.value for name, s in scores.items()}, seconds=paused - started,
-                                    **{f"{name}_error": s.error for name, s in scores.items()})
+                        found = "  ".join(f"{name} {score.value:.4g} +-{score.error:.2g}" for name, score in scores.items())
+                        log.write(f"step {step}/{end}  {found}")
+                        log.metrics(step, **{name: score.value for name, score in scores.items()}, seconds=paused - started,
+                                    **{f"{name}_error": score.error for name, score in scores.items()})
                 if save_due or stop:
                     drifted = ranks.drifted_ranks(dict(named_tensors(state)), mesh)
                     if drifted:

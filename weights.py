@@ -77,16 +77,26 @@ def read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     except (SafetensorError, OSError) as error:
         raise UserError(f"cannot read {file}: {error}") from None
     for name, tensor in state.items():
-        if not tensor.is_floating_point() or not tensor.isfinite().all():
-            raise UserError(f"{file} is damaged: {name} has values that are not finite numbers")
+        if not tensor.is_floating_point():
+            raise UserError(f"{file} is damaged: {name} is of {tensor.dtype}, and weights are floating-point numbers")
+        if not tensor.isfinite().all():
+            raise UserError(f"{file} is damaged: {name} has values that are not finite")
     return state, metadata
 
 
-def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Weights under our names, and the metadata of their file: from a run, its ema.safetensors, or a diffusers folder."""
+def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Weights under our names, fp32: of a run, its ema.safetensors, or a diffusers folder; and the fields of
+    train_prx.Config that belong to the network but are in no shape: `rope_theta` and `noise_scale`, where they are known.
+    """
     if is_diffusers(path):
-        return read_transformer(diffusers_transformer(path))[0], {}
-    return read_safetensors(weights_file(path))
+        state, config, _ = read_transformer(diffusers_transformer(path))
+        return state, {"rope_theta": config.get("theta", 10000)} | pipeline_fields(path)
+    state, metadata = read_safetensors(weights_file(path))
+    try:
+        config = json.loads(metadata.get("config", "{}"))
+        return state, {name: config[name] for name in ("rope_theta", "noise_scale") if name in config}
+    except (ValueError, TypeError):
+        raise UserError(f"{path}: its config is damaged") from None
 
 
 def weights_hash(path: str | Path) -> str:
@@ -96,11 +106,14 @@ def weights_hash(path: str | Path) -> str:
 
 def read_init(path: str, cfg) -> dict[str, Tensor]:
     """The weights that a run with config `cfg` starts from; raises UserError where they are of another model."""
-    state, _ = read_weights(path)
-    flags = model_flags(path, state)
+    state, fields = read_weights(path)
+    flags = model_flags(path, state) | fields
     if "patch" not in flags:
-        raise UserError(f"--init={path}: it draws latents, not pixels; `python sample.py import --from={path} --out=DIR` keeps what fits")
-    wrong = [f"--{name}={value:g}" for name, value in flags.items() if getattr(cfg, name) != value]
+        raise UserError(f"--init={path}: it draws latents, not pixels; `python sample.py import --from={path} --out=DIR` keeps "
+                        "what fits")
+    if int(cfg.width * cfg.mlp_ratio) == len(state["blocks.0.gate_proj.weight"]):
+        flags["mlp_ratio"] = cfg.mlp_ratio  # several round to the same width
+    wrong = [f"--{name}={value}" for name, value in flags.items() if getattr(cfg, name) != value]
     if wrong:
         raise UserError(f"--init={path} is of another model than this run's: pass {' '.join(wrong)}")
     return state
@@ -170,6 +183,16 @@ def read_json(file: Path) -> dict:
     if not isinstance(values, dict):
         raise UserError(f"{file} is damaged: it holds no object")
     return values
+
+
+def pipeline_fields(path: str | Path) -> dict[str, float]:
+    """What a pipeline's folder says in model_index.json of the fields of train_prx.Config; {} for a transformer alone."""
+    file = Path(path) / "model_index.json"
+    if not file.is_file():
+        return {}
+    index = read_json(file)
+    pixels = index.get("_class_name") == "PRXPixelPipeline"
+    return {"noise_scale": index.get("noise_scale", 2.0)} if pixels else {}  # 2 is the class's default
 
 
 def read_transformer(folder: Path) -> tuple[dict[str, Tensor], dict, torch.dtype]:

@@ -20,7 +20,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.plan import clock, hardware, synthetic_batch  # noqa: E402
-from sample import diffusers_config  # noqa: E402
+from exchange import diffusers_config  # noqa: E402
 from shards import UserError  # noqa: E402
 from train_prx import PRESETS, PRX, Parser, Stage, compiles, generate, run_main, shift_t  # noqa: E402
 from weights import to_diffusers  # noqa: E402

@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import ROOT, enliven, run, train
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from sample import load_checkpoint
@@ -134,6 +135,10 @@ def test_the_card_tells_recipe_data_licences_scores_and_log(tmp_path, tiny):
     train(tmp_path, *tiny, "--max_steps=3")  # goes on: the score is of older weights now
     sampled(tmp_path, "export", f"--checkpoint={folder}", "--out=later")
     assert "Not scored." in (tmp_path / "later/README.md").read_text()
+    tuned = train(tmp_path, *tiny, "--max_steps=1", f"--init={folder}", "--name=tuned")
+    sampled(tmp_path, "export", f"--checkpoint={tuned}", "--out=tuned")
+    card = (tmp_path / "tuned/README.md").read_text()
+    assert "license: other" in card and "started from demo, whose licence holds too" in card
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -153,15 +158,7 @@ def test_an_imported_pipeline_is_exported_again_identical_and_draws_alike(tmp_pa
     assert np.array_equal(*(np.asarray(Image.open(tmp_path / f"{name}.png")) for name in "ab"))
 
 
-def test_an_import_whose_folder_is_gone_says_so(tmp_path, pipeline_folder):
-    shutil.copytree(pipeline_folder, tmp_path / "there")
-    sampled(tmp_path, "import", "--from=there", "--out=here")
-    shutil.rmtree(tmp_path / "there")
-    assert "there, from where this was imported, is gone" in run(tmp_path, "sample.py", "export", "--checkpoint=here", "--out=again").error()
-    assert not (tmp_path / "again").exists()
-
-
-def test_a_bf16_pipeline_in_several_files_stays_what_it_is(tmp_path, pipeline_folder):
+def test_a_bf16_pipeline_in_several_files_made_by_diffusers_is_exported_again_identical(tmp_path, pipeline_folder):
     from diffusers import PRXPixelPipeline
 
     pipeline = PRXPixelPipeline.from_pretrained(pipeline_folder, dtype=torch.bfloat16)
@@ -171,21 +168,71 @@ def test_a_bf16_pipeline_in_several_files_stays_what_it_is(tmp_path, pipeline_fo
     assert len(list(tmp_path.glob("half/transformer/*.safetensors"))) > 1
     sampled(tmp_path, "import", "--from=half", "--out=here")
     sampled(tmp_path, "export", "--checkpoint=here", "--out=again")
-    before, after = ({name: content for name, content in files_of(tmp_path / folder).items() if "diffusion_pytorch_model" not in name}
-                     for folder in ("half", "again"))
-    assert before == after and len(after) > 5
-    (old, _, was), (new, _, now) = (read_transformer(tmp_path / name / "transformer") for name in ("half", "again"))
-    assert was == now == torch.bfloat16 and all(torch.equal(old[name], new[name]) for name in old) and old.keys() == new.keys()
+    assert files_of(tmp_path / "again") == files_of(tmp_path / "half")
 
 
-def test_weights_that_drew_latents_keep_all_that_is_not_of_latents(tmp_path):
+@pytest.mark.parametrize("change", ["gone", "other weights"])
+def test_an_import_whose_folder_is_not_what_it_was_is_written_from_its_own_weights(tmp_path, pipeline_folder, networks, change):
+    shutil.copytree(pipeline_folder, tmp_path / "there")
+    sampled(tmp_path, "import", "--from=there", "--out=here", f"--text_encoder={networks}/t5gemma")
+    (tmp_path / "there/secret").write_text("for nobody else")
+    if change == "gone":
+        shutil.rmtree(tmp_path / "there")
+    else:
+        file = tmp_path / "there/transformer/diffusion_pytorch_model.safetensors"
+        save_file(load_file(file) | {"txt_in.bias": torch.ones(32)}, file, metadata={"format": "pt"})
+    sampled(tmp_path, "export", "--checkpoint=here", "--out=again")
+    assert not (tmp_path / "again/secret").exists() and "Provenance" in (tmp_path / "again/README.md").read_text()
+    (old, _, _), (new, _, _) = (read_transformer(folder / "transformer") for folder in (pipeline_folder, tmp_path / "again"))
+    assert old.keys() == new.keys() and all(torch.equal(old[name], new[name]) for name in old)
+
+
+def test_a_file_that_names_a_folder_of_the_machine_gets_nothing_of_it(tmp_path, lively):
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home/token").write_text("hf_SeCrEt")
+    with safe_open(lively / "ema.safetensors", framework="pt") as file:
+        metadata = file.metadata() | {"origin": str(tmp_path / "home")}
+    save_file(load_file(lively / "ema.safetensors"), tmp_path / "ema.safetensors", metadata=metadata)
+    sampled(tmp_path, "export", "--checkpoint=ema.safetensors", "--out=there")
+    assert sorted(path.name for path in (tmp_path / "there").iterdir()) == ["README.md", "transformer"]
+
+
+def test_what_no_shape_tells_is_asked_for_too(tmp_path, tiny, pipeline_folder):
+    shutil.copytree(pipeline_folder, tmp_path / "there")
+    for file, changes in (("transformer/config.json", {"theta": 500}), ("model_index.json", {"noise_scale": None}),
+                          ("scheduler/scheduler_config.json", {"shift": 2.0})):
+        values = json.loads((tmp_path / "there" / file).read_text()) | changes
+        (tmp_path / "there" / file).write_text(json.dumps({key: value for key, value in values.items() if value is not None}))
+    result = run(tmp_path, "sample.py", "import", "--from=there", "--out=here")
+    assert result.status == 0, result
+    flags = result.stdout.splitlines()[-1].split()
+    assert {"--rope_theta=500.0", "--noise_scale=2.0", "--shift=2.0", "--text_tokens=24", "--width=32"} <= set(flags), flags
+    for init in ("there", "here"):
+        message = run(tmp_path, "train_prx.py", *tiny, f"--init={init}", "--text_dim=24").error()
+        assert "--rope_theta=500" in message and "--noise_scale=2.0" in message and "--width" not in message
+    _, cfg, _ = load_checkpoint(tmp_path / "here")
+    assert (cfg.rope_theta, cfg.noise_scale, cfg.shift) == (500, 2, 2)
+
+
+@pytest.mark.parametrize("file, key", [("model_index.json", "prompt_max_tokens"), ("model_index.json", "default_sample_size"),
+                                       ("model_index.json", "noise_scale"), ("scheduler/scheduler_config.json", "shift"),
+                                       ("transformer/config.json", "theta")])
+def test_a_config_with_words_for_numbers_is_one_line(tmp_path, pipeline_folder, file, key):
+    shutil.copytree(pipeline_folder, tmp_path / "there")
+    values = json.loads((tmp_path / "there" / file).read_text()) | {key: ["x"]}
+    (tmp_path / "there" / file).write_text(json.dumps(values))
+    assert "damaged" in run(tmp_path, "sample.py", "import", "--from=there", "--out=here").error()
+
+
+def test_weights_that_drew_latents_keep_all_that_is_not_of_latents(tmp_path, tiny):
     from diffusers import PRXTransformer2DModel
 
     torch.manual_seed(0)
-    theirs = PRXTransformer2DModel(in_channels=4, patch_size=2, context_in_dim=24, hidden_size=32, mlp_ratio=2.5, num_heads=2, depth=2,
-                                   axes_dim=[8, 8])
+    theirs = PRXTransformer2DModel(in_channels=4, patch_size=2, context_in_dim=24, hidden_size=32, mlp_ratio=2.5, num_heads=2,
+                                   depth=2, axes_dim=[8, 8])
     theirs.save_pretrained(tmp_path / "latent/transformer")
-    result = run(tmp_path, "sample.py", "import", "--from=latent", "--out=here", "--text_encoder=builtin", "--patch=8", "--bottleneck=12")
+    result = run(tmp_path, "sample.py", "import", "--from=latent", "--out=here", "--text_encoder=builtin", "--patch=8",
+                 "--bottleneck=12")
     assert result.status == 0 and "img_in and final_layer.linear start anew" in result.stdout, result
     kept, here = read_transformer(tmp_path / "latent/transformer")[0], read_weights(tmp_path / "here")[0]
     same = {name for name in here if name in kept and here[name].shape == kept[name].shape and torch.equal(here[name], kept[name])}
@@ -195,8 +242,7 @@ def test_weights_that_drew_latents_keep_all_that_is_not_of_latents(tmp_path):
     assert not here["final_layer.linear.weight"].any(), "as an untrained model, it draws gray at first"
     _, cfg, _ = load_checkpoint(tmp_path / "here")
     assert (cfg.width, cfg.depth, cfg.heads, cfg.mlp_ratio, cfg.text_dim, cfg.patch) == (32, 2, 2, 2.5, 24, 8)
-    message = run(tmp_path, "train_prx.py", "--preset=demo", "--init=latent").error()
-    assert "no data" in message or "draws latents" in message
+    assert "draws latents" in run(tmp_path, "train_prx.py", *tiny, "--init=latent").error()
 
 
 def test_prxs_own_names_are_read_behind_any_prefix(tmp_path, lively):

@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import train_prx  # noqa: E402
-from sample import diffusers_config  # noqa: E402
+from exchange import diffusers_config  # noqa: E402
 from train_prx import (PRX, Config, Keys, RMSNorm, Text, apply_rotary, build_model, build_optimizer,  # noqa: E402
                        draw_ids_keep, gather_tokens, rotary_table)
 from weights import from_diffusers, to_diffusers  # noqa: E402

@@ -18,6 +18,7 @@ import threading
 import time
 import zlib
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -376,8 +377,8 @@ def test_training_on_latents_needs_no_encoder_but_for_its_hash(tmp_path, embedde
     encode = StoredPrompts(cfg, chunks.sets, torch.device("cpu"))
     latents, lengths = encode.latents([row["caption"]])
     assert torch.equal(latents, row["latents"]) and lengths == [len(latents)]
-    with pytest.raises(UserError, match="not of 'a unicorn'"):
-        encode(["a unicorn"])
+    with pytest.raises(UserError, match="its own captions only"):  # and not at the first score, hours later
+        StoredPrompts(replace(cfg, score="cmmd,scenes"), chunks.sets, torch.device("cpu"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
