@@ -77,8 +77,7 @@ from weights import load_pretrained, read_init, weights_hash
 SOURCES = {name: Path(__file__).with_name(name).read_text() for name in
            ("train_prx.py", "command_line.py", "curves.py", "metrics.py", "muon.py", "run_folder.py", "ranks.py", "scenes.py",
             "shards.py", "weights.py")}  # before any edit
-LOOK_ON = {"curves.py", "metrics.py", "scenes.py"}  # they score and draw; a run goes on with another version of them
-SOURCE_HASH = hashlib.sha256("".join(text for name, text in SOURCES.items() if name not in LOOK_ON).encode()).hexdigest()
+SOURCE_HASH = hashlib.sha256("".join(SOURCES.values()).encode()).hexdigest()
 
 T_MIN = 0.05  # smallest t in a division: velocity's error would otherwise grow without bound near t = 0 (code)
 SKIPS_IN_A_ROW = 10  # non-finite steps after which a run stops
