@@ -1,6 +1,7 @@
 """What every command shares: flags with defaults in their help, and mistakes answered in one line."""
 import argparse
 import difflib
+import errno
 import os
 import sys
 from collections.abc import Callable
@@ -39,7 +40,12 @@ def run_main(main: Callable[[list[str]], None], every_rank: bool = False) -> Non
         main(sys.argv[1:])
     except UserError as error:
         if every_rank or os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
+            print("error:", *str(error).splitlines(), file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        print(f"error: {str(error.filename)[:80]}...: this name is too long for a file", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

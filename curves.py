@@ -39,16 +39,16 @@ def read_run(file: Path) -> dict[str, np.ndarray]:
     for row in rows:
         try:
             values = json.loads(row)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(values, dict):
-            lines.append({name: x for name, x in values.items() if isinstance(x, int | float) and math.isfinite(x)})
+            lines.append({name: x for name, x in values.items() if isinstance(x, int | float) and abs(x) < 1e30})
     lines = sorted((line for line in lines if "seconds" in line), key=lambda line: line["seconds"])
     curves = {}
     for title, names in PANELS.items():
         for name in names:
             needed = {name, f"{name}_error"} if title in SCORES else {name}
-            points = [(line["seconds"] / 3600, line[name], line.get(f"{name}_error", 0)) for line in lines
+            points = [(line["seconds"] / 3600, line[name], abs(line.get(f"{name}_error", 0))) for line in lines
                       if needed <= line.keys()]
             if points:
                 curves[name] = np.array(points).T

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from shards import UserError, file_sha256, read_manifest
 from train_prx import PRESETS, PRX, Config, Stage, check_config, config_from_json, config_to_json, load_text_encoder
-from weights import (BUILT_IN, is_diffusers, model_flags, pipeline_fields, read_json, read_safetensors, read_transformer,
-                     to_diffusers, weights_file)
+from weights import (BUILT_IN, diffusers_transformer, in_fp32, is_diffusers, model_flags, pipeline_fields, read_json,
+                     read_safetensors, read_transformer, refuse_links, to_diffusers, weights_file)
 
 
 def read_checkpoint(path: str | Path) -> tuple[PRX, Config, dict[str, str]]:
@@ -41,6 +41,10 @@ def read_checkpoint(path: str | Path) -> tuple[PRX, Config, dict[str, str]]:
         raise UserError(f"{file} is damaged: its tensors are not all fp32")
     try:
         cfg = config_from_json(json.loads(metadata["config"]))
+        unrouted = {} if len(cfg.route) else {"drop": 0.0, "guidance": "cfg"}  # an import may have too few blocks to route
+        check_config(replace(cfg, name="any", device="auto", frozen="none", score="", track="none", **unrouted))
+        if cfg.depth > len(state):  # or building so many would take minutes
+            raise UserError(f"its config says {cfg.depth} blocks, and it has {len(state)} tensors")
         with torch.device("meta"):
             model = PRX(cfg)
     except UserError as error:
@@ -48,7 +52,8 @@ def read_checkpoint(path: str | Path) -> tuple[PRX, Config, dict[str, str]]:
     except Exception as error:  # a damaged config raises almost anything
         raise UserError(f"{file}: its config is damaged ({type(error).__name__})") from None
     model.repa_projector = None  # stays with the run
-    model.to_empty(device="cpu").load_weights(state, file)
+    model.check_weights(state, file)
+    model.load_state_dict(state, assign=True)
     return model.eval().requires_grad_(False), cfg, metadata
 
 
@@ -129,7 +134,8 @@ def export_diffusers(path: str | Path, out: str | Path) -> None:
 def holds(pipeline: Path, state: dict[str, Tensor]) -> bool:
     """Whether a folder is a pipeline with these very weights; only then is an import exported as it was."""
     try:
-        theirs = read_transformer(pipeline / "transformer")[0]
+        refuse_links(pipeline)
+        theirs, _ = read_transformer(pipeline / "transformer")
     except UserError:
         return False
     return theirs.keys() == state.keys() and all(torch.equal(theirs[name], tensor) for name, tensor in state.items())
@@ -188,6 +194,14 @@ transformer = PRXTransformer2DModel.from_pretrained("{name}", subfolder="transfo
 The transformer only: its prompts went through nanoPRX's built-in text encoder, which diffusers does not have."""
 
 
+def read_data(metadata: dict[str, str]) -> dict[str, str]:
+    """The data of a run, folder -> sha256 of its manifest, as the metadata of its weights have it; {} where they are damaged."""
+    try:
+        return {str(path): str(sha256) for path, sha256 in json.loads(metadata["data"]).items()}
+    except (KeyError, ValueError, AttributeError, RecursionError):
+        return {}
+
+
 def write_card(weights: Path, out: Path, name: str, cfg: Config, metadata: dict[str, str], parameters: int) -> None:
     """README.md, the hub's model card: recipe, data, licences, scores and provenance; the last sample grid as samples.png.
 
@@ -211,7 +225,7 @@ def write_card(weights: Path, out: Path, name: str, cfg: Config, metadata: dict[
         "sampling": f"time shift {cfg.shift:g}, noise scale {cfg.noise_scale:g}",
     }
     data, licences, sources = [], [], []
-    for path, manifest_hash in json.loads(metadata.get("data", "{}")).items():
+    for path, manifest_hash in read_data(metadata).items():
         data.append(f"{Path(path).name}, manifest sha256 `{manifest_hash}`")
         with contextlib.suppress(UserError, OSError):  # the data may be elsewhere by now, or have changed
             if file_sha256(Path(path) / "manifest.json") == manifest_hash:
@@ -228,7 +242,7 @@ def write_card(weights: Path, out: Path, name: str, cfg: Config, metadata: dict[
     for values in map(read_json, sorted(run.glob("score_*.json"))):
         if values.get("checkpoint") == weights_hash:  # and not of an earlier step
             about = (f"{values['n']} pictures, seed {values['seed']}, guidance {values['guidance']} {values['scale']:g}, "
-                     f"{values['steps']} steps")
+                     f"{values['steps']} steps{', ' * bool(values['network'])}{values['network']}")
             scores += [f"| {name} | {values[name]:.4f} | {error:.4f} | {about} |" for name, error in values["error"].items()]
     use = USE_TRANSFORMER if builtin else USE_PIPELINE
     log = run / "log.txt"
@@ -257,7 +271,8 @@ def import_weights(source: str, out: Path, revision: str | None = None, text_enc
     """
     record, folder = PRESETS["record"], download(source, revision)
     if is_diffusers(folder):
-        state, config, _ = read_transformer(folder / "transformer" if (folder / "transformer").is_dir() else folder)
+        refuse_links(folder)
+        state, config = read_transformer(diffusers_transformer(folder))
     elif folder.suffix == ".safetensors":
         state, config = read_prx(folder), {}
     else:
@@ -282,7 +297,7 @@ def import_weights(source: str, out: Path, revision: str | None = None, text_enc
                   "rope_theta": float(config.get("theta", record.rope_theta)),
                   "noise_scale": float(pipeline_fields(folder).get("noise_scale", record.noise_scale))}
         side = int(size or index.get("default_sample_size") or record.stages[0].image_size)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{folder} is damaged: {error}") from None
     cfg = replace(record, name=re.sub(r"\W", "-", out.name), data="", frozen="none", guidance="cfg", text_encoder=text_encoder,
                   stages=(Stage(side, 1, record.micro_batch, False),), repa_depth=min(record.repa_depth, flags["depth"]), **flags)
@@ -324,9 +339,11 @@ def download(source: str, revision: str | None) -> Path:
 
 def read_prx(file: Path) -> dict[str, Tensor]:
     """Weights under PRX's own names, which are ours, behind a common prefix or none; averaged ones if the file has both."""
-    state, _ = read_safetensors(file)
+    state, metadata = read_safetensors(file)
+    if metadata.get("format") == "nanoprx":
+        raise UserError(f"{file} is of nanoPRX already: draw with it by --checkpoint, start from it by --init")
     prefixes = [name.removesuffix("txt_in.weight") for name in state if name.endswith("txt_in.weight")]
     if not prefixes:
         raise UserError(f"{file} holds no weights of PRX: there is no txt_in.weight")
     prefix = max(prefixes, key=lambda prefix: "ema" in prefix)
-    return {name.removeprefix(prefix): t.float() for name, t in state.items() if name.startswith(prefix)}
+    return in_fp32({name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}, file)

@@ -2,7 +2,7 @@
 
     python sample.py --checkpoint=runs/try1 --prompt="a large red circle in the top left" --n=4 --out=out.png
     python sample.py --checkpoint=runs/try1 --prompt="..." --sweep                      guidance kinds and scales, one sheet
-    torchrun --nproc_per_node=8 sample.py --checkpoint=runs/try1 --prompts=prompts.txt --out=pictures/
+    torchrun --nproc_per_node=8 -- sample.py --checkpoint=runs/try1 --prompts=prompts.txt --out=pictures/
     python sample.py score  --checkpoint=runs/try1 --metric=scenes
     python sample.py export --checkpoint=runs/try1 --out=export/
     python sample.py import --from=Photoroom/prx-512-t2i --out=imported/
@@ -26,7 +26,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
+from PIL.PngImagePlugin import PngImageFile, PngInfo
 from tqdm import tqdm
 
 import ranks
@@ -114,20 +114,16 @@ def sample(args, device: torch.device) -> None:
     if args.like and (other := read_text(args.like)["checkpoint"]) != weights_hash:
         raise UserError(f"--like={args.like} was drawn with a checkpoint of sha256 {other[:12]}, and {args.checkpoint} has "
                         f"{weights_hash[:12]}")
-    settings = settings_of(args, cfg)
     side = cfg.stages[-1].image_size
     size = args.size or (side, side)
-    for length in size:
-        if length % cfg.patch:
-            raise UserError(f"--size={size[0]}x{size[1]}: both must be multiples of the patch, {cfg.patch}")
-
+    settings = settings_of(args, cfg, size)
     said = {"size": f"{size[0]}x{size[1]}", **settings, "interval": "{}:{}".format(*settings["interval"]),
             "checkpoint": weights_hash}
     is_main = dist.get_rank() == 0
     if args.sweep:
         sheet = sweep(model, cfg, encode_text, prompts[0], seeds[0], size, args.batch, args.sweep, settings)
         if is_main:
-            scales = ",".join(f"{scale:g}" for scale in args.sweep)
+            scales = ",".join(map(str, args.sweep))
             save_picture(sheet, args.out, prompt=prompts[0], seed=seeds[0], sweep=scales, **said)
             print(f"{args.out}: scales {scales}, {settings['steps']} steps, seed {seeds[0]}")
         return
@@ -162,24 +158,31 @@ def read_prompts(args) -> list[str]:
         return prompts
     if args.prompt is None:
         raise UserError('nothing to draw: give --prompt="..." or --prompts=FILE with a prompt a line')
+    if any("\ud800" <= letter <= "\udfff" for prompt in args.prompt for letter in prompt):  # what Python makes of other bytes
+        raise UserError("--prompt is not UTF-8 text")
     return args.prompt
 
 
-def settings_of(args, cfg: Config) -> dict:
-    """The settings of `generate`: the flags where given, else what the run drew its own samples with."""
+def settings_of(args, cfg: Config, size: tuple[int, int]) -> dict:
+    """The settings of `generate`: the flags where given, else what the run drew its own samples with. Raises UserError."""
     given = {name: getattr(args, name) for name in SETTINGS}
     settings = {"interval": (0.0, 1.0), **sampling_settings(cfg), **{name: x for name, x in given.items() if x is not None}}
     if settings["guidance"] == "self" and len(cfg.route) == 0:
         raise UserError(f"--guidance=self needs routed blocks, and {args.checkpoint} has none: use cfg or none")
+    if size[0] % cfg.patch or size[1] % cfg.patch:
+        raise UserError(f"--size={size[0]}x{size[1]}: both must be multiples of the patch, {cfg.patch}")
+    N = size[0] * size[1] // cfg.patch**2
+    if N == round(N * settings["drop"]):
+        raise UserError(f"--drop={settings['drop']} leaves none of the {N} tokens of {size[0]}x{size[1]} pixels")
     return settings
 
 
 def read_text(file: Path) -> dict[str, str]:
     """The text of a PNG; raises UserError where there is none of ours."""
     try:
-        with Image.open(file) as picture:
+        with PngImageFile(file) as picture:  # not Image.open, which refuses large ones: the text comes before the pixels
             text = dict(picture.text)
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, SyntaxError) as error:  # SyntaxError: Pillow's, of a file that is no PNG
         raise UserError(f"cannot read --like={file}: {error}") from None
     if not text.keys() >= {"size", "steps", "guidance", "checkpoint"}:
         raise UserError(f"--like={file} was not drawn by sample.py: it does not say how")
@@ -190,9 +193,9 @@ def flags_of(file: Path, given: list[str]) -> list[str]:
     """The flags that draw a PNG again, from its text; those that are `given` anyway are left out."""
     text = read_text(file)
     try:
-        prompts = json.loads(text["prompts"]) if "prompts" in text else [text["prompt"]]
+        prompts = list(map(str, json.loads(text["prompts"]))) if "prompts" in text else [text["prompt"]]
         seeds = ",".join(map(str, json.loads(text["seeds"]) if "seeds" in text else [text["seed"]]))
-    except (KeyError, ValueError, TypeError):
+    except (KeyError, ValueError, TypeError, RecursionError):
         raise UserError(f"--like={file} is damaged: it does not say what it shows") from None
     names = {flag.partition("=")[0].removeprefix("--") for flag in given if flag.startswith("--")}
     flags = [] if names & {"prompt", "prompts"} else [f"--prompt={prompt}" for prompt in prompts]
@@ -243,15 +246,15 @@ def score(args, device: torch.device) -> None:
     if unknown := [metric for metric in of_pictures if metric.partition(":")[0] not in METRICS]:
         raise UserError(f"--metric={unknown[0]}: known are {', '.join(METRICS)} and held_out")
     model, cfg, encode_text = load(args, device)
-    settings = settings_of(args, cfg)
     cfg = replace(cfg, data=args.data or cfg.data)
     stage, file = cfg.stages[-1], weights_file(args.checkpoint)
-    side, folders, sets, level = stage.image_size, [part.partition(":")[0] for part in cfg.data.split(",")], [], args.level
+    side, folders, sets = stage.image_size, [part.partition(":")[0] for part in cfg.data.split(",")], []
+    settings = settings_of(args, cfg, (side, side))
     if wanted != ["scenes"]:
         sets = [RowSet(folder, replace(cfg, text_encoder="builtin"), side) for folder in folders]
-    elif level is None and (Path(folders[0]) / "manifest.json").is_file():
-        level = level_of(read_manifest(folders[0]))
-    results, shown = {}, {}  # metric -> name -> Score; round -> pictures and their prompts
+    level = args.level or level_of(read_manifest(folders[0]) if (Path(folders[0]) / "manifest.json").is_file() else {})
+    results, shown = {}, {}  # metric -> name -> Score; round -> pictures and prompts
+    of = {}  # metric -> how many pictures, and by which network
 
     if of_pictures:
         scorer = Scorer(",".join(of_pictures), sets, args.n, device, level=level, seed=args.seed, batch=args.batch)
@@ -259,27 +262,31 @@ def score(args, device: torch.device) -> None:
         for name, value in found.items():
             metric, _, of_scenes = name.partition("_")
             results.setdefault(metric, {})[of_scenes or metric] = value
+            network = scorer.networks[metric].key if metric in scorer.networks else ""
+            of[metric] = {"n": len(scorer.scenes if metric == "scenes" else scorer.prompts), "network": network}
         shown = scorer.shown
     if "held_out" in wanted:
         losses = held_out_losses(model, Chunks(cfg, stage, 0), encode_text, cfg, device, args.n).cpu().double()
         if len(losses) == 0:
             raise UserError(f"--data={cfg.data} has no held-out rows: it is too small")
         results["held_out"] = {"held_out": to_score(resample_weights(len(losses)) @ losses)}
+        of["held_out"] = {"n": len(losses), "network": ""}
 
     if dist.get_rank() > 0:
         return
-    print(f"{args.checkpoint}: up to {args.n} pictures, {side}px, guidance {settings['guidance']} {settings['scale']:g}, "
-          f"{settings['steps']} steps; +- is half of the 95% interval")
     for metric, scores in results.items():
+        print(f"{args.checkpoint}: {metric} of {of[metric]['n']}, {side}px, guidance {settings['guidance']} {settings['scale']:g}, "
+              f"{settings['steps']} steps; +- is half of the 95% interval")
         for name, (value, error) in scores.items():
             percent = f"{100 * value:6.1f}% +- {100 * error:.1f}"
             print(f"  {name:10}{percent if metric == 'scenes' else f'{value:8.4f} +- {error:.4f}'}  {MEANING[name]}")
-    about = {"n": args.n, "seed": args.seed, "image_size": side, **settings, "checkpoint": file_sha256(file),
+    about = {"seed": args.seed, "level": level, "image_size": side, **settings, "checkpoint": file_sha256(file),
              "data": {s.folder: s.manifest_hash for s in sets}}
     try:
         for metric, scores in results.items():
             values, errors = ({name: pair[k] for name, pair in scores.items()} for k in (0, 1))
-            file.with_name(f"score_{metric}.json").write_text(json.dumps({**about, **values, "error": errors}, indent=2) + "\n")
+            written = {**of[metric], **about, **values, "error": errors}
+            file.with_name(f"score_{metric}.json").write_text(json.dumps(written, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"cannot write the scores beside {file}: {error.strerror}") from None
     for kind, (images, prompts) in shown.items():
@@ -323,8 +330,8 @@ def image_size(text: str) -> tuple[int, int]:
 
 def positive(text: str) -> int:
     """A whole number from 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    if not re.fullmatch(r"\d{1,7}", text) or int(text) < 1:
+        raise ArgumentTypeError(f"{text!r} is not a whole number of at least 1" + " and below 10 million" * text.isdecimal())
     return int(text)
 
 
@@ -353,16 +360,19 @@ def interval(text: str) -> tuple[float, float]:
     raise ArgumentTypeError(f"{text!r} is not an interval LOW:HIGH of times from 0, data, to 1, noise")
 
 
-def seed(text: str) -> int:
+def seed(text: str, limit: int = 2**62) -> int:
     """A whole number that a generator takes as its seed, with room for the seeds of a sheet."""
-    if not text.isdecimal() or int(text) >= 2**62:
+    if not text.isdecimal() or int(text) >= limit:
         raise ArgumentTypeError(f"{text!r} is not a whole number from 0 to 2^62")
     return int(text)
 
 
 def seed_list(text: str) -> list[int]:
-    """Seeds, comma separated."""
-    return [seed(part) for part in text.split(",")]
+    """Different seeds, comma separated."""
+    seeds = [seed(part, 2**63) for part in text.split(",")]
+    if len(set(seeds)) < len(seeds):
+        raise ArgumentTypeError(f"{text!r} has a seed twice")
+    return seeds
 
 
 def visible_device(text: str) -> str:
@@ -451,7 +461,13 @@ def on_ranks(command: Callable) -> Callable:
     def run(args) -> None:
         device, mesh = ranks.join(args.device == "cuda")
         with ranks.together(mesh):
-            command(args, device)
+            try:
+                command(args, device)
+            except (torch.OutOfMemoryError, RuntimeError) as error:
+                if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+                    raise
+                raise UserError(f"out of memory with {args.batch} pictures at a time: pass a lower --batch, or a smaller "
+                                "--size") from None
         dist.barrier()
         dist.destroy_process_group()
     return run

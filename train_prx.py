@@ -70,7 +70,7 @@ import ranks
 from command_line import Parser, run_main
 from metrics import IMAGENET, Scorer, parse_metrics
 from muon import Muon, local
-from run_folder import Log, RunFolder, draw_grid, load_checkpoint, named_tensors
+from run_folder import Log, RunFolder, checkpoints_of, draw_grid, load_checkpoint, named_tensors
 from shards import DamagedImage, Ring, RowSet, Slot, UserError, become_reader
 from weights import load_pretrained, read_init, weights_hash
 
@@ -267,6 +267,8 @@ def check_config(cfg: Config) -> None:
         if not condition:
             raise UserError(message)
 
+    for name, choices in CHOICES.items():
+        need(getattr(cfg, name) in choices, f"--{name}={getattr(cfg, name)} is none of {', '.join(choices)}")
     need(re.fullmatch(r"\w[\w.-]*", cfg.name) is not None, f"--name={cfg.name}: use letters, digits, '_', and then '.' and '-'")
     for name in ("micro_batch", "chunks_at_once", "patch", "bottleneck", "width", "depth", "heads", "text_dim", "text_tokens", "ema_every",
                  "log_every", "keep", "sample_steps", "ns_steps", "score_n"):
@@ -281,6 +283,7 @@ def check_config(cfg: Config) -> None:
     for name in ("uniform_t", "caption_dropout"):
         need(0 <= getattr(cfg, name) <= 1, f"--{name}={getattr(cfg, name)} must be in [0, 1]")
     need(all(0 <= beta < 1 for beta in cfg.adam_betas), f"--adam_betas={cfg.adam_betas} must be in [0, 1)")
+    need(len(cfg.stages) > 0, "--stages: there is none")
     need(cfg.width % cfg.heads == 0, f"--width={cfg.width} is not divisible by --heads={cfg.heads}")
     head_dim = cfg.width // cfg.heads
     need(head_dim % 4 == 0, f"--width / --heads = {head_dim} must be a multiple of 4, for 2-D rotary pairs")
@@ -309,12 +312,18 @@ def config_to_json(cfg: Config) -> dict:
 
 
 def config_from_json(values: dict) -> Config:
-    """The inverse of `config_to_json`; raises UserError where a field is unknown."""
+    """The inverse of `config_to_json`; raises UserError where a field is unknown or of another type."""
     unknown = set(values) - {f.name for f in dataclasses.fields(Config)}
     if unknown:
         raise UserError(f"config has fields that this version does not know: {', '.join(sorted(unknown))}")
-    values = dict(values, stages=tuple(Stage(**s) for s in values["stages"]), adam_betas=tuple(values["adam_betas"]))
-    return Config(**values)
+    values = dict(values, stages=tuple(Stage(**s) for s in values["stages"]), adam_betas=tuple(map(float, values["adam_betas"])))
+    cfg = Config(**values)
+    for part in (cfg, *cfg.stages):
+        for f in dataclasses.fields(part):
+            value = getattr(part, f.name)
+            if f.type in (bool, int, float, str) and type(value) is not f.type and (f.type, type(value)) != (float, int):
+                raise UserError(f"config has {f.name} {value!r}, which is no {f.type.__name__}")
+    return cfg
 
 
 def tag_seed(*parts) -> int:
@@ -713,15 +722,19 @@ class PRX(nn.Module):
                     whole = torch.empty(p.shape).uniform_(-bound, bound, generator=tag_generator("cpu", seed, full_name))
                 set_whole(p, whole)
 
-    def load_weights(self, state: dict[str, Tensor], source: str | Path) -> None:
-        """Set every parameter but those of REPA's projector to tensors that each rank holds whole; raises UserError."""
+    def check_weights(self, state: dict[str, Tensor], source: str | Path) -> None:
+        """Raise UserError unless `state` has every parameter but those of REPA's projector, in the model's shapes."""
         parameters = {name: p for name, p in self.named_parameters() if not name.startswith("repa_projector.")}
         for name in sorted(parameters.keys() | state.keys()):
             ours, theirs = (tuple(x[name].shape) if name in x else "none" for x in (parameters, state))
             if ours != theirs:
                 raise UserError(f"{source}: {name} has shape {theirs}, but the model's is {ours}")
-        for name, p in parameters.items():
-            set_whole(p, state[name])
+
+    def load_weights(self, state: dict[str, Tensor], source: str | Path) -> None:
+        """Set the parameters to tensors that each rank holds whole; raises UserError as `check_weights` does."""
+        self.check_weights(state, source)
+        for name, whole in state.items():
+            set_whole(self.get_parameter(name), whole)
 
 
 @torch.no_grad()
@@ -1474,8 +1487,6 @@ def write_header(log: Log, cfg: Config, frozen: Frozen, model: PRX, data: dict, 
         log.write("WARNING --frozen=random: lpips, pdino and repa come from random weights and mean nothing")
     if start:
         log.write(f"continuing from step {start}")
-    elif cfg.init and dist.get_rank() == 0:
-        log.write(f"starting from the weights of {cfg.init}, sha256 {weights_hash(cfg.init)[:12]}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1520,6 +1531,9 @@ def train(cfg: Config, resume: str, device: torch.device, mesh: DeviceMesh, watc
     sets = stages[0][2].sets
     data = {s.folder: s.manifest_hash for s in sets}
     identity = {"config": config_to_json(cfg), "source": SOURCE_HASH, "data": data}
+    init = None
+    if cfg.init and (resume == "never" or not checkpoints_of(Path("runs", cfg.name))):  # before --resume=never renames it
+        init, init_hash = read_init(cfg.init, cfg), weights_hash(cfg.init)
     run = RunFolder(cfg.name, resume, identity, NOT_IDENTITY, end, cfg.keep, cfg.keep_every)
     log = run.log
     if cfg.track == "wandb":
@@ -1535,8 +1549,9 @@ def train(cfg: Config, resume: str, device: torch.device, mesh: DeviceMesh, watc
 
     # Build
     model = build_model(cfg, mesh, device)
-    if cfg.init and run.checkpoint is None:
-        model.load_weights(read_init(cfg.init, cfg), cfg.init)
+    if init is not None and run.checkpoint is None:
+        model.load_weights(init, cfg.init)
+        log.write(f"starting from the weights of {cfg.init}, sha256 {init_hash[:12]}")
     optimizer = build_optimizer(model, cfg)
     ema = EMA(model)
     progress = {"step": torch.zeros((), dtype=torch.int64), "seconds": torch.zeros((), dtype=torch.float64),

@@ -13,7 +13,6 @@ import os
 import re
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -47,6 +46,7 @@ def load_pretrained(loader, model_id: str, **kwargs):
         on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", model_id) and not Path(model_id).exists()
         where = f"; access and download: https://huggingface.co/{model_id}" if on_hub else ""
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        reason = reason if on_hub or Path(model_id).exists() else "there is no such folder"
         raise UserError(f"cannot load {model_id}: {reason}{where}{advice}") from None
     if is_model:
         loaded, info = loaded
@@ -84,18 +84,28 @@ def read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return state, metadata
 
 
+def in_fp32(state: dict[str, Tensor], source: str | Path) -> dict[str, Tensor]:
+    """The tensors in fp32; raises UserError where that is too small for one."""
+    state = {name: tensor.float() for name, tensor in state.items()}
+    for name, tensor in state.items():
+        if not tensor.isfinite().all():
+            raise UserError(f"{source} is damaged: {name} has values beyond fp32")
+    return state
+
+
 def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Weights under our names, fp32: of a run, its ema.safetensors, or a diffusers folder; and the fields of
     train_prx.Config that belong to the network but are in no shape: `rope_theta` and `noise_scale`, where they are known.
     """
     if is_diffusers(path):
-        state, config, _ = read_transformer(diffusers_transformer(path))
+        refuse_links(Path(path))
+        state, config = read_transformer(diffusers_transformer(path))
         return state, {"rope_theta": config.get("theta", 10000)} | pipeline_fields(path)
     state, metadata = read_safetensors(weights_file(path))
     try:
         config = json.loads(metadata.get("config", "{}"))
         return state, {name: config[name] for name in ("rope_theta", "noise_scale") if name in config}
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         raise UserError(f"{path}: its config is damaged") from None
 
 
@@ -124,15 +134,17 @@ def model_flags(path: str | Path, state: dict[str, Tensor]) -> dict[str, int | f
     try:
         width, text_dim = state["txt_in.weight"].shape
         hidden = len(state["blocks.0.gate_proj.weight"])
-        depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
+        blocks = {name.split(".")[1] for name in state if name.startswith("blocks.")}
+        if blocks != set(map(str, range(len(blocks)))):
+            raise ValueError(f"one of {len(blocks)} blocks")
         ratios = (math.ceil(hidden / width * 10**digits) / 10**digits for digits in range(1, 9))
         ratio = next(ratio for ratio in ratios if int(width * ratio) == hidden)  # 2.7, where 345 / 128 is 2.6953125
         flags = {"width": width, "text_dim": text_dim, "heads": width // len(state["blocks.0.qk_norm.query_norm.scale"]),
-                 "depth": depth, "mlp_ratio": ratio}
+                 "depth": len(blocks), "mlp_ratio": ratio}
         if "img_in.0.weight" in state:
             flags |= {"patch": round((len(state["final_layer.linear.bias"]) / 3) ** 0.5), "bottleneck": len(state["img_in.0.bias"])}
-    except (KeyError, ValueError, StopIteration, ZeroDivisionError) as error:
-        raise UserError(f"{path} holds no weights of PRX: {error or 'a shape'} is missing or wrong") from None
+    except (KeyError, ValueError, TypeError, StopIteration, ZeroDivisionError) as error:
+        raise UserError(f"{path} holds no weights of PRX: {str(error) or 'a shape'} is missing or wrong") from None
     return flags
 
 
@@ -178,7 +190,7 @@ def read_json(file: Path) -> dict:
     """A JSON file's object; raises UserError where it is not one."""
     try:
         values = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read {file}: {error}") from None
     if not isinstance(values, dict):
         raise UserError(f"{file} is damaged: it holds no object")
@@ -195,8 +207,17 @@ def pipeline_fields(path: str | Path) -> dict[str, float]:
     return {"noise_scale": index.get("noise_scale", 2.0)} if pixels else {}  # 2 is the class's default
 
 
-def read_transformer(folder: Path) -> tuple[dict[str, Tensor], dict, torch.dtype]:
-    """A PRXTransformer2DModel's folder -> (weights under our names in fp32, its config, the dtype it is stored in).
+def refuse_links(folder: Path) -> None:
+    """Raise UserError for a link that leads out of a folder; the hub's cache alone keeps its files beside it, as `blobs`."""
+    root = folder.resolve()
+    for path in folder.rglob("*"):
+        if path.is_symlink() and (path.is_dir() or not any(
+                Path(os.path.realpath(path)).is_relative_to(home) for home in (root, root.parent.parent / "blobs"))):
+            raise UserError(f"{path} is a link that leads out of its folder, and is not followed")
+
+
+def read_transformer(folder: Path) -> tuple[dict[str, Tensor], dict]:
+    """A PRXTransformer2DModel's folder -> (weights under our names in fp32, its config).
 
     Raises UserError where it has no safetensors, is damaged, or has what our network has not.
     """
@@ -220,7 +241,7 @@ def read_transformer(folder: Path) -> tuple[dict[str, Tensor], dict, torch.dtype
         if not (folder / name).is_file():
             raise UserError(f"{folder} has no {name}: weights are read from safetensors only, pickled ones (.bin, .pt) never")
         state |= read_safetensors(folder / name)[0]
-    dtypes = {tensor.dtype for tensor in state.values()}
-    if len(dtypes) != 1:
-        raise UserError(f"{folder} is damaged: its tensors are of {len(dtypes)} dtypes")
-    return {name: tensor.float() for name, tensor in from_diffusers(state).items()}, config, dtypes.pop()
+    renamed = from_diffusers(state)
+    if len(renamed) < len(state):
+        raise UserError(f"{folder} is damaged: it has a tensor under two names")
+    return in_fp32(renamed, folder), config

@@ -183,7 +183,7 @@ def test_an_import_whose_folder_is_not_what_it_was_is_written_from_its_own_weigh
         save_file(load_file(file) | {"txt_in.bias": torch.ones(32)}, file, metadata={"format": "pt"})
     sampled(tmp_path, "export", "--checkpoint=here", "--out=again")
     assert not (tmp_path / "again/secret").exists() and "Provenance" in (tmp_path / "again/README.md").read_text()
-    (old, _, _), (new, _, _) = (read_transformer(folder / "transformer") for folder in (pipeline_folder, tmp_path / "again"))
+    (old, _), (new, _) = (read_transformer(folder / "transformer") for folder in (pipeline_folder, tmp_path / "again"))
     assert old.keys() == new.keys() and all(torch.equal(old[name], new[name]) for name in old)
 
 
@@ -316,6 +316,15 @@ def broken(folder: Path, kind: str) -> None:
     elif kind == "a path that leaves its folder":
         save_file(tensors, folder / "secret.safetensors")
         index.write_text(json.dumps({"weight_map": {"txt_in.weight": "../secret.safetensors"}}))
+    elif kind == "a link to a folder":
+        (folder.parent / "home").mkdir()
+        (folder.parent / "home/token").write_text("hf_SeCrEt")
+        (folder / "images").symlink_to(folder.parent / "home")
+    elif kind == "a link to a file":
+        (folder.parent / "token").write_text("hf_SeCrEt")
+        (folder / "notes.txt").symlink_to(folder.parent / "token")
+    elif kind == "a link in a circle":
+        (folder / "circle").symlink_to(".")
     elif kind == "an absolute path":
         index.write_text(json.dumps({"weight_map": {"txt_in.weight": str(file.resolve())}}))
     elif kind == "an index that is none":
@@ -332,6 +341,10 @@ def broken(folder: Path, kind: str) -> None:
             tensors[name] = tensors[name][:-1].contiguous()
         elif kind == "a tensor too few":
             del tensors[name]
+        elif kind == "a block far away":
+            tensors["blocks.999999999.up_proj.weight"] = tensors["blocks.0.up_proj.weight"].clone()
+        elif kind == "numbers beyond fp32":
+            tensors = {name: tensor.double() * 1e300 for name, tensor in tensors.items()}
         else:
             tensors[name][3, 4] = {"an infinite number": torch.inf, "no number": torch.nan}[kind]
         save_file(tensors, file)
@@ -339,6 +352,8 @@ def broken(folder: Path, kind: str) -> None:
 
 REFUSED = {
     "pickled weights": "safetensors only", "a path that leaves its folder": "'../secret.safetensors' is not in its folder",
+    "a link to a folder": "is a link that leads out", "a link to a file": "is a link that leads out",
+    "a link in a circle": "is a link that leads out", "a block far away": "one of 4 blocks", "numbers beyond fp32": "beyond fp32",
     "an absolute path": "is not in its folder", "an index that is none": "cannot read", "a file cut short": "cannot read",
     "another class": "FluxTransformer2DModel", "resolution embeds": "resolution_embeds is True",
     "a tensor of another shape": "blocks.1.attn_out.weight", "a tensor too few": "blocks.1.attn_out.weight",
@@ -361,7 +376,35 @@ def test_a_name_that_is_nowhere_is_answered_with_one_line(tmp_path):
     assert "does not exist" in run(tmp_path, "sample.py", "import", "--from=there/is/nothing", "--out=here").error()
 
 
+def test_links_of_the_hubs_cache_are_followed(tmp_path, pipeline_folder):
+    snapshot, blobs = tmp_path / "models--me--it/snapshots/0123", tmp_path / "models--me--it/blobs"
+    blobs.mkdir(parents=True)
+    for name, content in files_of(pipeline_folder).items():
+        blob = blobs / hashlib.sha256(content).hexdigest()
+        blob.write_bytes(content)
+        (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
+        (snapshot / name).symlink_to(blob)
+    sampled(tmp_path, "import", f"--from={snapshot}", "--out=here")
+    sampled(tmp_path, "export", "--checkpoint=here", "--out=again")
+    assert files_of(tmp_path / "again") == files_of(pipeline_folder)
+    assert not any(path.is_symlink() for path in (tmp_path / "again").rglob("*"))
+
+
+def test_the_weights_that_a_run_starts_from_may_be_those_it_replaces(tmp_path, tiny):
+    train(tmp_path, *tiny, "--max_steps=1", "--name=own")
+    before = read_weights(tmp_path / "runs/own")[0]
+    result = run(tmp_path, "train_prx.py", *tiny, "--max_steps=1", "--name=own", "--init=runs/own", "--resume=never", "--lr=0",
+                 "--adam_lr=0")
+    assert result.status == 0, result
+    after = read_weights(tmp_path / "runs/own")[0]
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert "another model" in run(tmp_path, "train_prx.py", *tiny, "--name=new", "--init=runs/own", "--depth=4").error()
+    assert not (tmp_path / "runs/new").exists()
+
+
 def test_the_import_of_a_run_says_what_it_takes(tmp_path, lively):
+    message = run(tmp_path, "sample.py", "import", f"--from={lively}/ema.safetensors", "--out=here").error()
+    assert "of nanoPRX already" in message and "--init" in message
     assert "neither a diffusers folder" in run(tmp_path, "sample.py", "import", f"--from={lively}", "--out=here").error()
 
 

@@ -5,7 +5,10 @@ it was drawn, scores name every attribute, and a mistake is answered with one li
 """
 import hashlib
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -154,6 +157,16 @@ def test_a_sheet_and_a_sweep_are_drawn_again_too(tmp_path, lively):
         assert (tmp_path / "out.png").read_bytes() == (tmp_path / "first.png").read_bytes()
 
 
+def test_a_sheet_too_large_for_pillow_is_drawn_again_too(tmp_path, lively):
+    picture, said = drawn(tmp_path, lively, f"--prompt={PROMPT}", "--seed=5"), PngInfo()
+    for key, value in text_of(tmp_path / "out.png").items():
+        said.add_text(key, value)
+    Image.new("1", (20_000, 10_000)).save(tmp_path / "large.png", pnginfo=said)
+    with pytest.raises(Image.DecompressionBombError):
+        Image.open(tmp_path / "large.png")
+    assert far(drawn(tmp_path, lively, "--like=large.png"), picture) == 0
+
+
 def test_guidance_is_off_outside_its_interval(tmp_path, lively):
     flags = [f"--prompt={PROMPT}", "--steps=3", "--scale=4"]  # at times 1, 0.86 and 0.6
     for guidance in ("self", "cfg"):
@@ -195,6 +208,17 @@ if dist.get_rank() == 0:
 dist.barrier()
 dist.destroy_process_group()
 """
+
+
+def test_torchrun_draws_and_scores_on_many_ranks(tmp_path, lively):
+    shutil.copytree(lively, tmp_path / "try")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--", str(ROOT / "sample.py")]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    for flags, words in ((["--prompt=a", "--n=3", "--out=out.png"], "3 image(s)"), (["score", "--n=5"], "scenes of 5,")):
+        flags = [flags[0], "--checkpoint=try", *flags[1:]]
+        result = subprocess.run([*torchrun, *flags], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+        assert result.returncode == 0 and result.stdout.count(words) == 1, result
+    assert json.loads((tmp_path / "try/score_scenes.json").read_text())["n"] == 5
 
 
 def test_the_number_of_ranks_changes_no_picture(tmp_path, lively):
@@ -356,7 +380,9 @@ def test_distances_are_scored_in_training_on_ranks_and_at_each_stages_size(tmp_p
     assert [x for line in scores[0] for x in line] == pytest.approx([x for line in scores[1] for x in line], rel=1e-3)
     result = run(tmp_path, "sample.py", "score", f"--checkpoint={one}", f"--metric=mmd:{networks}/dinov2", "--batch=5")
     assert result.status == 0, result
-    assert json.loads((one / "score_mmd.json").read_text())["mmd"] == pytest.approx(scores[0][-1][1], rel=1e-4)
+    written = json.loads((one / "score_mmd.json").read_text())
+    assert written["mmd"] == pytest.approx(scores[0][-1][1], rel=1e-4)
+    assert written["n"] < 10 and str(networks / "dinov2") in written["network"], "as many as are held out, by what network"
 
 
 def test_curves_are_drawn_at_the_end_of_a_run_and_on_demand(tmp_path, trained):
@@ -390,6 +416,12 @@ MISTAKES = {  # flags after --checkpoint=RUN -> what the one line must say
     "a sweep of many": (["--prompt=x", "--n=2", "--sweep"], ["--sweep", "one prompt"]),
     "a picture of another program": (["--like=foreign.png"], ["foreign.png was not drawn by sample.py"]),
     "no picture": (["--like=empty.txt"], ["cannot read --like=empty.txt"]),
+    "no tokens left": (["--prompt=x", "--guidance=self", "--drop=0.97"], ["--drop=0.97 leaves none of the 16 tokens"]),
+    "bytes that are no text": (["--prompt=\udcff"], ["not UTF-8"]),
+    "a seed twice": (["--prompt=x", "--seeds=3,3"], ["'3,3' has a seed twice"]),
+    "steps without end": (["--prompt=x", "--steps=99999999999999999999"], ["below 10 million"]),
+    "a name without end": (["--prompt=x", "--checkpoint=" + "x" * 5000], ["too long"]),
+    "a picture whose prompts are a number": (["--like=number.png"], ["number.png is damaged"]),
     "a picture by another checkpoint": (["--like=other.png"], ["other.png", "sha256 1234567890ab"]),
 }
 
@@ -403,6 +435,8 @@ def test_a_mistake_is_answered_with_one_line(tmp_path, trained, name):
     for key, value in {"prompt": "x", "seed": "0", "size": "32x32", "steps": "2", "guidance": "cfg", "checkpoint": "1234567890abc"}.items():
         other.add_text(key, value)
     Image.new("RGB", (8, 8)).save(tmp_path / "other.png", pnginfo=other)
+    other.add_text("prompts", "5")
+    Image.new("RGB", (8, 8)).save(tmp_path / "number.png", pnginfo=other)
     message = run(tmp_path, "sample.py", f"--checkpoint={trained}", "--out=out.png", *flags).error()
     assert all(word in message for word in words), message
     assert not (tmp_path / "out.png").exists()
@@ -430,6 +464,13 @@ OTHERS = {  # a well-formed file that is not what its config says -> what the on
                           ["blocks.4.k_norm.scale", "(16,)"]),
     "a config of another width": (lambda tensors, config: config.update(width=64), ["(64,"]),
     "numbers that are none": (lambda tensors, config: tensors["txt_in.bias"].fill_(torch.nan), ["txt_in.bias", "not finite"]),
+    "a scale that is no number": (lambda tensors, config: config.update(scale=float("nan")), ["--scale=nan"]),
+    "words for a number": (lambda tensors, config: config.update(sample_steps="9"), ["sample_steps '9'", "no int"]),
+    "a stage of words": (lambda tensors, config: config["stages"][0].update(image_size="32"), ["image_size '32'"]),
+    "no stage": (lambda tensors, config: config.update(stages=[]), ["there is none"]),
+    "guidance of another kind": (lambda tensors, config: config.update(guidance="evil"), ["--guidance=evil"]),
+    "blocks without end": (lambda tensors, config: config.update(depth=10**9), ["1000000000 blocks"]),
+    "text without end": (lambda tensors, config: config.update(text_dim=10**12), ["txt_in"]),
     "a config of the future": (lambda tensors, config: config.update(experts=8), ["experts"]),
 }
 
