@@ -242,7 +242,7 @@ def write_card(weights: Path, out: Path, name: str, cfg: Config, metadata: dict[
     for values in map(read_json, sorted(run.glob("score_*.json"))):
         if values.get("checkpoint") == weights_hash:  # and not of an earlier step
             about = (f"{values['n']} pictures, seed {values['seed']}, guidance {values['guidance']} {values['scale']:g}, "
-                     f"{values['steps']} steps{', ' * bool(values['network'])}{values['network']}")
+                     f"{values['steps']} steps{', ' * bool(values['network'])}{values['network'].rpartition('/')[2]}")
             scores += [f"| {name} | {values[name]:.4f} | {error:.4f} | {about} |" for name, error in values["error"].items()]
     use = USE_TRANSFORMER if builtin else USE_PIPELINE
     log = run / "log.txt"

@@ -172,7 +172,7 @@ def settings_of(args, cfg: Config, size: tuple[int, int]) -> dict:
     if size[0] % cfg.patch or size[1] % cfg.patch:
         raise UserError(f"--size={size[0]}x{size[1]}: both must be multiples of the patch, {cfg.patch}")
     N = size[0] * size[1] // cfg.patch**2
-    if N == round(N * settings["drop"]):
+    if N == round(N * settings["drop"]) and (settings["guidance"] == "self" or getattr(args, "sweep", None)):
         raise UserError(f"--drop={settings['drop']} leaves none of the {N} tokens of {size[0]}x{size[1]} pixels")
     return settings
 
