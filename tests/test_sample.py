@@ -227,7 +227,7 @@ def test_the_number_of_ranks_changes_no_picture(tmp_path, lively):
     for ranks in (1, 3):
         assert run(tmp_path, tmp_path / "ranked.py", ranks=ranks).status == 0
     one, three = (torch.load(tmp_path / f"x0-{ranks}.pt") for ranks in (1, 3))
-    assert one.shape == (5, 3, 32, 48) and (one - three).abs().max() <= 1e-4  # measured 2e-5
+    assert one.shape == (5, 3, 32, 48) and (one - three).abs().max() <= 1e-4  # measured 3e-5
 
 
 def test_a_folder_holds_one_picture_a_prompt_and_seed_whatever_the_ranks(tmp_path, lively):
