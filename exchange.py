@@ -4,7 +4,7 @@
     export_diffusers(path, out)       a run as a folder for diffusers.PRXPixelPipeline, with a model card
     import_weights(source, out, ...)  a diffusers folder, or PRX's own names -> a folder as a run's
 
-Nothing is unpickled, and nothing of a path or the environment is written but what was given.
+Nothing is unpickled. A card names files and folders without their paths.
 """
 import contextlib
 import json

@@ -82,12 +82,13 @@ def look(line) -> tuple:
 
 
 def test_a_panel_is_there_for_what_a_run_holds_and_only_then(tmp_path):
-    assert list(panels([DEMO])) == ["loss", "flow", "held-out loss", "gradient norm", "images/s"]
+    assert list(panels([DEMO])) == ["loss", "flow", "held-out loss", "scenes drawn right", "gradient norm", "images/s"]
     assert list(panels([write(tmp_path / "all", whole_run())])) == ALL
     assert list(panels([write(tmp_path / "scored", [scores(1)])])) == ["scenes drawn right", *SCORES.values()]
     one = write(tmp_path / "term", [{"step": 1, "seconds": 1.0, "repa": -0.5}])
     assert list(panels([one])) == ["repa"]
-    assert list(panels([DEMO, one])) == ["loss", "flow", "repa", "held-out loss", "gradient norm", "images/s"]
+    assert list(panels([DEMO, one])) == ["loss", "flow", "repa", "held-out loss", "scenes drawn right", "gradient norm",
+                                         "images/s"]
 
 
 def test_lines_hold_the_values_of_the_file_over_hours(tmp_path):
