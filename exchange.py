@@ -21,8 +21,8 @@ from torch import Tensor
 
 from shards import UserError, file_sha256, read_manifest
 from train_prx import PRESETS, PRX, Config, Stage, check_config, config_from_json, config_to_json, load_text_encoder
-from weights import (BUILT_IN, diffusers_transformer, in_fp32, is_diffusers, model_flags, pipeline_fields, read_json,
-                     read_safetensors, read_transformer, refuse_links, to_diffusers, weights_file)
+from weights import (BUILT_IN, check_shapes, diffusers_transformer, fill, in_fp32, is_diffusers, model_flags, pipeline_fields,
+                     read_json, read_safetensors, read_transformer, refuse_links, to_diffusers, weights_file)
 
 
 def read_checkpoint(path: str | Path) -> tuple[PRX, Config, dict[str, str]]:
@@ -52,7 +52,7 @@ def read_checkpoint(path: str | Path) -> tuple[PRX, Config, dict[str, str]]:
     except Exception as error:  # a damaged config raises almost anything
         raise UserError(f"{file}: its config is damaged ({type(error).__name__})") from None
     model.repa_projector = None  # stays with the run
-    model.check_weights(state, file)
+    check_shapes(model, state, file)
     model.load_state_dict(state, assign=True)
     return model.eval().requires_grad_(False), cfg, metadata
 
@@ -307,7 +307,7 @@ def import_weights(source: str, out: Path, revision: str | None = None, text_enc
     if anew:
         state = {name: t for name, t in state.items() if not name.startswith(tuple(anew))}
         state |= {name: t for name, t in model.state_dict().items() if name.startswith(tuple(anew))}
-    model.load_weights(state, folder)
+    fill(model, state, folder)
     metadata = {"format": "nanoprx", "config": json.dumps(config_to_json(cfg)), "step": "0", "data": "{}",
                 "source": f"imported from {Path(source).name}"}
     if not anew and (folder / "transformer").is_dir():

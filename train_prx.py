@@ -63,7 +63,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.attention.varlen import varlen_attn
 
 import ranks
@@ -72,7 +72,7 @@ from metrics import IMAGENET, Scorer, parse_metrics
 from muon import Muon, local
 from run_folder import Log, RunFolder, checkpoints_of, draw_grid, load_checkpoint, named_tensors
 from shards import DamagedImage, Ring, RowSet, Slot, UserError, become_reader
-from weights import load_pretrained, read_init, weights_hash
+from weights import fill, load_pretrained, read_init, set_whole, weights_hash
 
 SOURCES = {name: Path(__file__).with_name(name).read_text() for name in
            ("train_prx.py", "command_line.py", "curves.py", "metrics.py", "muon.py", "run_folder.py", "ranks.py", "scenes.py",
@@ -721,28 +721,6 @@ class PRX(nn.Module):
                     bound = module.in_features**-0.5
                     whole = torch.empty(p.shape).uniform_(-bound, bound, generator=tag_generator("cpu", seed, full_name))
                 set_whole(p, whole)
-
-    def check_weights(self, state: dict[str, Tensor], source: str | Path) -> None:
-        """Raise UserError unless `state` has every parameter but those of REPA's projector, in the model's shapes."""
-        parameters = {name: p for name, p in self.named_parameters() if not name.startswith("repa_projector.")}
-        for name in sorted(parameters.keys() | state.keys()):
-            ours, theirs = (tuple(x[name].shape) if name in x else "none" for x in (parameters, state))
-            if ours != theirs:
-                raise UserError(f"{source}: {name} has shape {theirs}, but the model's is {ours}")
-
-    def load_weights(self, state: dict[str, Tensor], source: str | Path) -> None:
-        """Set the parameters to tensors that each rank holds whole; raises UserError as `check_weights` does."""
-        self.check_weights(state, source)
-        for name, whole in state.items():
-            set_whole(self.get_parameter(name), whole)
-
-
-@torch.no_grad()
-def set_whole(p: Tensor, whole: Tensor) -> None:
-    """Set a parameter, which may be sharded, to a tensor that every rank holds whole."""
-    if isinstance(p, DTensor):
-        whole = distribute_tensor(whole.to(p.device), p.device_mesh, p.placements, src_data_rank=None).to_local()
-    local([p])[0].copy_(whole)
 
 
 def gather_tokens(x: Tensor, ids: Tensor) -> Tensor:
@@ -1550,7 +1528,7 @@ def train(cfg: Config, resume: str, device: torch.device, mesh: DeviceMesh, watc
     # Build
     model = build_model(cfg, mesh, device)
     if init is not None and run.checkpoint is None:
-        model.load_weights(init, cfg.init)
+        fill(model, init, cfg.init)
         log.write(f"starting from the weights of {cfg.init}, sha256 {init_hash[:12]}")
     optimizer = build_optimizer(model, cfg)
     ema = EMA(model)

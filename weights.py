@@ -13,9 +13,12 @@ import os
 import re
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
+from muon import local
 from shards import UserError, file_sha256, folder_revision
 
 os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # also where lpips, torchvision and torch-fidelity load theirs: tensors only
@@ -127,6 +130,30 @@ def read_init(path: str, cfg) -> dict[str, Tensor]:
     if wrong:
         raise UserError(f"--init={path} is of another model than this run's: pass {' '.join(wrong)}")
     return state
+
+
+def check_shapes(model: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
+    """Raise UserError unless `state` has every parameter of a PRX but those of REPA's projector, in the model's shapes."""
+    parameters = {name: p for name, p in model.named_parameters() if not name.startswith("repa_projector.")}
+    for name in sorted(parameters.keys() | state.keys()):
+        ours, theirs = (tuple(x[name].shape) if name in x else "none" for x in (parameters, state))
+        if ours != theirs:
+            raise UserError(f"{source}: {name} has shape {theirs}, but the model's is {ours}")
+
+
+def fill(model: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
+    """Set the parameters of a PRX, sharded or not, to tensors that every rank holds whole; raises UserError as `check_shapes`."""
+    check_shapes(model, state, source)
+    for name, whole in state.items():
+        set_whole(model.get_parameter(name), whole)
+
+
+@torch.no_grad()
+def set_whole(p: Tensor, whole: Tensor) -> None:
+    """Set a parameter, of which this rank may hold a shard, to a tensor that it holds whole."""
+    if isinstance(p, DTensor):
+        whole = distribute_tensor(whole.to(p.device), p.device_mesh, p.placements, src_data_rank=None).to_local()
+    local([p])[0].copy_(whole)
 
 
 def model_flags(path: str | Path, state: dict[str, Tensor]) -> dict[str, int | float]:
