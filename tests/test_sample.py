@@ -210,14 +210,13 @@ dist.destroy_process_group()
 """
 
 
-def test_torchrun_draws_and_scores_on_many_ranks(tmp_path, lively):
+def test_torchrun_scores_on_many_ranks(tmp_path, lively):
     shutil.copytree(lively, tmp_path / "try")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--", str(ROOT / "sample.py")]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    for flags, words in ((["--prompt=a", "--n=3", "--out=out.png"], "3 image(s)"), (["score", "--n=5"], "scenes of 5,")):
-        flags = [flags[0], "--checkpoint=try", *flags[1:]]
-        result = subprocess.run([*torchrun, *flags], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
-        assert result.returncode == 0 and result.stdout.count(words) == 1, result
+    result = subprocess.run([*torchrun, "score", "--checkpoint=try", "--n=5"], cwd=tmp_path, env=env, capture_output=True, text=True,
+                            timeout=120)
+    assert result.returncode == 0 and result.stdout.count("scenes of 5,") == 1, result
     assert json.loads((tmp_path / "try/score_scenes.json").read_text())["n"] == 5
 
 
@@ -341,7 +340,7 @@ import metrics, train_prx
 score = metrics.Scorer.__call__
 
 def slow(scorer, draw):
-    time.sleep(3)
+    time.sleep(1.5)
     return score(scorer, draw)
 
 metrics.Scorer.__call__ = slow
@@ -354,7 +353,7 @@ def test_scoring_is_off_the_training_clock(tmp_path, tiny):
     result = run(tmp_path, tmp_path / "slow.py", *tiny, "--max_steps=6", "--score=scenes", "--score_every=3", "--score_n=2")
     assert result.status == 0, result
     seconds = {line["step"]: line["seconds"] for line in metrics(tmp_path / "runs/demo") if "loss" in line}
-    assert seconds[6] - seconds[3] < 2
+    assert seconds[6] - seconds[3] < 1
 
 
 def test_a_run_scores_itself_as_sample_does(tmp_path, tiny):
