@@ -33,7 +33,7 @@ import ranks
 import scenes
 from curves import draw_curves
 from exchange import export_diffusers, import_weights, read_checkpoint
-from metrics import METRICS, Scorer, gather_rows, level_of, my_share, resample_weights, to_score
+from metrics import METRICS, Scorer, gather_rows, level_of, my_share, rank_and_world, resample_weights, to_score
 from run_folder import draw_grid
 from shards import RowSet, file_sha256, read_manifest
 from train_prx import (PRESETS, PRX, Chunks, Config, Parser, TextEncoder, UserError, compiles, draw, held_out_losses,
@@ -77,7 +77,7 @@ SETTINGS = ("steps", "guidance", "scale", "interval", "drop", "shift")  # of gen
 def draw_batches(model: PRX, encode_text: TextEncoder, prompts: list[str], seeds: list[int], size: tuple[int, int], batch: int,
                  items: list[int], **settings) -> Iterator[tuple[list[int], np.ndarray]]:
     """The pictures of the given items, `batch` at a time: (their items, uint8 [B, H, W, 3]); settings as `generate` takes them."""
-    quiet = True if dist.is_initialized() and dist.get_rank() else None  # None: quiet where stderr is no terminal
+    quiet = rank_and_world()[0] > 0 or None  # None: quiet where stderr is no terminal
     with tqdm(total=-(-len(items) // batch) * settings["steps"], desc="sampling", unit=" steps", disable=quiet, delay=1) as bar:
         for first in range(0, len(items), batch):
             part = items[first : first + batch]
@@ -363,7 +363,7 @@ def interval(text: str) -> tuple[float, float]:
 def seed(text: str, limit: int = 2**62) -> int:
     """A whole number that a generator takes as its seed, with room for the seeds of a sheet."""
     if not text.isdecimal() or int(text) >= limit:
-        raise ArgumentTypeError(f"{text!r} is not a whole number from 0 to 2^62")
+        raise ArgumentTypeError(f"{text!r} is not a whole number from 0 to below 2^{limit.bit_length() - 1}")
     return int(text)
 
 

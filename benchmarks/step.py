@@ -44,8 +44,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.muon import loop_back  # noqa: E402
 from benchmarks.plan import clock, count_stage, hardware, newton_schulz_loads, random_frozen, size_text, synthetic_batch  # noqa: E402
-from muon import local  # noqa: E402
 from exchange import diffusers_config  # noqa: E402
+from muon import local  # noqa: E402
 from scenes import caption, make_scenes, render  # noqa: E402
 from shards import UserError  # noqa: E402
 from train_prx import (  # noqa: E402
