@@ -2,7 +2,7 @@
 # The only launcher. Sets up what is missing, then trains, tests or passes flags on.
 #
 #   ./run.sh                    no GPU: demo; 1 to 7 GPUs: solo; 8 and more: the record run on all of them
-#   ./run.sh demo|solo [flags]  that preset, then its score; flags are those of train_prx.py
+#   ./run.sh demo|race|solo [flags]   that preset, then its score; flags are those of train_prx.py
 #   ./run.sh test [flags]       the tests; flags are those of pytest
 #   ./run.sh bench [file]       every benchmark of speed, about ten minutes; the file (benchmarks/results.txt) takes what is printed
 #   ./run.sh plan [flags]       what a run would take: hours, dollars, memory, disk, and what is missing; writes nothing
@@ -87,11 +87,16 @@ train() {
     supervise "$PYTHON" ranks.py "${where[@]}" --nproc-per-node="$processes" --max-restarts="${RESTARTS:-0}" train_prx.py "$@"
 }
 
-# A preset on scenes: data if it is missing, training, score and grid.
+# A preset on the scenes of the level of its name: data and teacher if they are missing, training, score and grid.
 scenes() {
     local preset=$1 size=$2 score_every=$3 name=$1; shift 3
-    for flag in "$@"; do case $flag in --name=*) name=${flag#--name=} ;; esac; done
-    [ -e "data/$preset" ] || "$PYTHON" scenes.py make --out="data/$preset" --rows=20000 --size="$size"
+    [ -e "data/$preset" ] || "$PYTHON" scenes.py make --out="data/$preset" --rows=20000 --size="$size" --level="$preset"
+    for flag in "$@"; do
+        case $flag in
+            --name=*) name=${flag#--name=} ;;
+            --frozen=scene) [ -e "data/$preset/teacher" ] || "$PYTHON" scenes.py teacher --data="data/$preset" ;;
+        esac
+    done
     train --preset="$preset" --score=scenes --score_every="$score_every" --score_n=64 "$@"
     "$PYTHON" sample.py score --checkpoint="runs/$name"
 }
@@ -144,7 +149,8 @@ case $command in
         set_up requirements.txt
         "$PYTHON" benchmarks/plan.py "${@:2}" ;;
     demo) set_up requirements.txt; scenes demo 32 200 "${@:2}" ;;
+    race) set_up requirements.txt; scenes race 64 200 "${@:2}" ;;
     solo) set_up requirements.txt; scenes solo 256 1000 "${@:2}" ;;
     --*) set_up requirements.txt; train "$@" ;;
-    *) fail "unknown command $command; known are demo, solo, bench, plan, test and any flag of train_prx.py (./run.sh --help)" ;;
+    *) fail "unknown command $command; known are demo, race, solo, bench, plan, test and any flag of train_prx.py (./run.sh --help)" ;;
 esac

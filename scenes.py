@@ -14,12 +14,13 @@ is the same picture at every size. Colours are sRGB, 0 to 255.
 """
 import hashlib
 import io
+import itertools
 import math
 import os
 import random
 from argparse import ArgumentTypeError
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -43,6 +44,17 @@ SHAPES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {  # signed 
     "triangle": lambda x, y: np.maximum(y - 0.8, (1.8 * abs(x) - y - 1) / math.hypot(1.8, 1)),
     "cross": lambda x, y: np.minimum(np.maximum(abs(x) - 1, abs(y) - 0.36), np.maximum(abs(x) - 0.36, abs(y) - 1)),
 }
+PERIOD = 0.25  # of a texture, in cells: 8 px at 64 px
+DEEP = 0.3     # how much of its colour an object has in a texture's valleys; the rest is background. The valleys lie fast in the picture
+TEXTURES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {  # signed distance to the ridges' edges, in periods
+    "striped": lambda x, y: wave(y) + 0 * x,
+    "checkered": lambda x, y: np.maximum(np.minimum(wave(x), -wave(y)), np.minimum(-wave(x), wave(y))),
+}
+
+
+def wave(x: np.ndarray) -> np.ndarray:
+    """A triangle wave of period 1, slope 1 and zeros at 1/4 and 3/4: negative for half a period around 0."""
+    return abs((x + 0.5) % 1 - 0.5) - 0.25
 
 
 @dataclass(frozen=True)
@@ -51,6 +63,7 @@ class Level:
     colours: tuple[str, ...]
     shapes: tuple[str, ...]
     sizes: tuple[str, ...]
+    textures: tuple[str, ...]
     backgrounds: tuple[str, ...]
     max_objects: int
     shift: float    # a centre is at most this far from its cell's along each axis, in cells
@@ -70,7 +83,9 @@ class Level:
 
 LEVELS = {
     # shift: 1.6 px at 32 px. The largest object then stays inside its cell (0.37 * 1.04 + 0.1 < 0.5).
-    "demo": Level(tuple(COLOURS), tuple(SHAPES), tuple(SIZES), tuple(BACKGROUNDS), max_objects=4,
+    "demo": Level(tuple(COLOURS), tuple(SHAPES), tuple(SIZES), ("plain",), tuple(BACKGROUNDS), max_objects=4,
+                  shift=0.1, stretch=0.04, shade=0.06),
+    "race": Level(tuple(COLOURS), tuple(SHAPES), tuple(SIZES), ("plain", *TEXTURES), tuple(BACKGROUNDS), max_objects=4,
                   shift=0.1, stretch=0.04, shade=0.06),
 }
 
@@ -82,6 +97,7 @@ class SceneObject:
     colour: str
     size: str
     place: str
+    texture: str = "plain"
     dx: float = 0.0       # centre minus the cell's centre, in cells
     dy: float = 0.0
     stretch: float = 1.0  # times its size's extent
@@ -122,8 +138,9 @@ def make_scene(index: int, seed: int, split: str, level: str) -> Scene:
     objects = []
     for place in rng.sample(list(PLACES), rng.randint(1, rules.max_objects)):
         colour, shape = rng.choice(rules.pairs(split))
+        texture = rng.choice(rules.textures) if len(rules.textures) > 1 else rules.textures[0]
         objects.append(SceneObject(
-            shape, colour, size=rng.choice(rules.sizes), place=place,
+            shape, colour, size=rng.choice(rules.sizes), place=place, texture=texture,
             dx=rng.uniform(-rules.shift, rules.shift), dy=rng.uniform(-rules.shift, rules.shift),
             stretch=1 + rng.uniform(-rules.stretch, rules.stretch), shade=1 + rng.uniform(-rules.shade, rules.shade)))
     return Scene(background, tuple(objects), level)
@@ -139,15 +156,20 @@ def caption(scene: Scene, short: bool = False) -> str:
     if short:
         names = [f"{'an' if obj.colour[0] in 'aeiou' else 'a'} {obj.colour} {obj.shape}" for obj in scene.objects]
         return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
-    phrases = [f"a {obj.size} {obj.colour} {obj.shape} in the {obj.place}" for obj in scene.objects]
+    textured = len(LEVELS[scene.level].textures) > 1
+    phrases = [f"a {obj.size} {f'{obj.texture} ' if textured else ''}{obj.colour} {obj.shape} in the {obj.place}"
+               for obj in scene.objects]
     return ", ".join([*phrases, f"on a {scene.background} background"])
 
 
-def coverage(shape: str, extent: float, dx: float, dy: float, cell: int) -> np.ndarray:
-    """How much of each pixel of a cell, `cell` pixels wide, the shape covers: float32 [cell, cell] in [0, 1]."""
-    axis = (np.arange(cell, dtype=np.float32) + 0.5) / cell - 0.5
-    distance = extent * SHAPES[shape]((axis[None] - dx) / extent, (axis[:, None] - dy) / extent)
-    return np.clip(0.5 - distance * cell, 0, 1)  # an outline through a pixel's middle covers half of it
+def coverage(shape: str, texture: str, extent: float, dx: float, dy: float, cell: int) -> np.ndarray:
+    """How much of each pixel of a cell, `cell` pixels wide, has the object's colour: float32 [cell, cell] in [0, 1]."""
+    x = (np.arange(cell, dtype=np.float32)[None] + 0.5) / cell - 0.5
+    y = x.T
+    inside = np.clip(0.5 - cell * extent * SHAPES[shape]((x - dx) / extent, (y - dy) / extent), 0, 1)
+    if texture == "plain":
+        return inside  # an outline through a pixel's middle covers half of it
+    return inside * (DEEP + (1 - DEEP) * np.clip(0.5 - cell * PERIOD * TEXTURES[texture](x / PERIOD, y / PERIOD), 0, 1))
 
 
 def render(scene: Scene, size: int) -> np.ndarray:
@@ -157,7 +179,7 @@ def render(scene: Scene, size: int) -> np.ndarray:
     for obj in scene.objects:
         row, column = PLACES[obj.place]
         view = picture[row * cell:(row + 1) * cell, column * cell:(column + 1) * cell]
-        alpha = coverage(obj.shape, SIZES[obj.size] * obj.stretch, obj.dx, obj.dy, cell)[..., None]
+        alpha = coverage(obj.shape, obj.texture, SIZES[obj.size] * obj.stretch, obj.dx, obj.dy, cell)[..., None]
         view += alpha * (np.float32(COLOURS[obj.colour]) * np.float32(obj.shade) - view)
     return (picture + 0.5).clip(0, 255).astype(np.uint8)
 
@@ -172,25 +194,27 @@ SHIFTS = [0.03 * i for i in range(-4, 5)]  # of the templates, in cells: half a 
 
 
 @lru_cache(maxsize=4)
-def templates(level: str, cell: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Every shape x size x shift as (unit [T, P], norm [T], mean [T], shape [T], size [T]), with P = cell^2 pixels.
+def templates(level: str, cell: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Every shape x size x texture x shift as (unit [T, P], norm [T], mean [T], names [3, T]), with P = cell^2 pixels.
 
-    A template's coverage is mean + norm * unit, where `unit` has mean 0 and length 1; `shape` and `size` index the
-    level's names.
+    A template's coverage is mean + norm * unit, where `unit` has mean 0 and length 1; `names` index the level's shapes,
+    sizes and textures.
     """
-    shapes, sizes = LEVELS[level].shapes, LEVELS[level].sizes
-    keys = [(i, j, dx, dy) for i in range(len(shapes)) for j in range(len(sizes)) for dx in SHIFTS for dy in SHIFTS]
-    masks = np.stack([coverage(shapes[i], SIZES[sizes[j]], dx, dy, cell).ravel() for i, j, dx, dy in keys])  # [T, P]
+    rules = LEVELS[level]
+    kinds = itertools.product(*(range(len(names)) for names in (rules.shapes, rules.sizes, rules.textures)))
+    keys = [(kind, dx, dy) for kind in kinds for dx in SHIFTS for dy in SHIFTS]
+    masks = np.stack([coverage(rules.shapes[i], rules.textures[k], SIZES[rules.sizes[j]], dx, dy, cell).ravel()
+                      for (i, j, k), dx, dy in keys])  # [T, P]
     mean = masks.mean(1)
     unit = masks - mean[:, None]
     norm = np.linalg.norm(unit, axis=1)
-    return unit / norm[:, None], norm, mean, np.array([key[0] for key in keys]), np.array([key[1] for key in keys])
+    return unit / norm[:, None], norm, mean, np.array([kind for kind, _, _ in keys]).T
 
 
 def read_cells(images: np.ndarray, level: str) -> dict[str, np.ndarray]:
     """What each cell of uint8 images [B, H, W, 3] shows: arrays [B, 4], cells in the order of PLACES.
 
-    `present` is bool; `shape`, `size`, `colour` and `background` index the level's names, -1 for no known colour.
+    `present` is bool; `shape`, `size`, `texture`, `colour` and `background` index the level's names, -1 for no known colour.
     Least squares of the pixels x on a template m and a constant, x = b + (f - b) m, has a closed form: with m centred
     and scaled to length 1 it explains (x . m)^2 of each channel's squared deviation. So one product with all templates
     ranks them, and the best one's slope and intercept are the foreground f and the background b.
@@ -199,7 +223,7 @@ def read_cells(images: np.ndarray, level: str) -> dict[str, np.ndarray]:
     if images.shape[1:] != (size, size, 3) or size % 2 or images.dtype != np.uint8:
         raise ValueError(f"images are uint8 [B, H, W, 3] with H = W, even, not {images.dtype} {list(images.shape)}")
     cell = size // 2
-    unit, norm, cover, shape, extent = templates(level, cell)
+    unit, norm, cover, names = templates(level, cell)
     x = images.reshape(batch, 2, cell, 2, cell, 3)    # [B, H, W, 3] -> [B, row, y, column, x, 3]
     x = x.transpose(0, 1, 3, 5, 2, 4).reshape(batch * 4, 3, cell * cell).astype(np.float32)  # -> [4 B, 3, P]
     mean = x.mean(2)
@@ -213,7 +237,7 @@ def read_cells(images: np.ndarray, level: str) -> dict[str, np.ndarray]:
     present &= np.linalg.norm(contrast, axis=1) > PRESENT_CONTRAST
     rules = LEVELS[level]
     found = {
-        "present": present, "shape": shape[best], "size": extent[best],
+        "present": present, **dict(zip(("shape", "size", "texture"), names[:, best])),
         "colour": nearest(background + contrast, [COLOURS[name] for name in rules.colours]),
         "background": nearest(background, [BACKGROUNDS[name] for name in rules.backgrounds]),
     }
@@ -232,9 +256,9 @@ def score_scenes(images, scenes: list[Scene]) -> dict[str, float]:
 
     Of all objects that the captions name (one that is not there has no attribute right):
         place       something is there: a template explains over 60% of its cell's variance, at a visible contrast
-        colour, shape, size    it is there, and the fit has this attribute as captioned
+        colour, shape, size, texture    it is there, and the fit has this attribute as captioned
         objects     right colour at its place: the headline, and by these definitions equal to `colour`
-        exact       right in place, colour, shape and size
+        exact       right in place, colour, shape, size and texture
     Of all cells:
         background  the fitted background is the captioned one
     Of all scenes:
@@ -259,8 +283,9 @@ def score_scenes(images, scenes: list[Scene]) -> dict[str, float]:
         return found["present"][at] & (found[attribute][at] == wanted)
 
     place = found["present"][at]
-    colour, shape, size = named("colour", rules.colours), named("shape", rules.shapes), named("size", rules.sizes)
-    exact = colour & shape & size
+    colour, shape = named("colour", rules.colours), named("shape", rules.shapes)
+    size, texture = named("size", rules.sizes), named("texture", rules.textures)
+    exact = colour & shape & size & texture
     wanted = np.array([rules.backgrounds.index(scene.background) for scene in scenes])
     background = found["background"] == wanted[:, None]  # [B, 4]
     shown = ~found["present"]                # [B, 4]: an unnamed place is right if empty
@@ -268,9 +293,96 @@ def score_scenes(images, scenes: list[Scene]) -> dict[str, float]:
     return {
         "objects": float(colour.mean()), "exact": float(exact.mean()),
         "place": float(place.mean()), "colour": float(colour.mean()), "shape": float(shape.mean()),
-        "size": float(size.mean()), "background": float(background.mean()),
+        "size": float(size.mean()), "texture": float(texture.mean()), "background": float(background.mean()),
         "scenes": float((shown & background).all(1).mean()),
     }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The teacher: a small ViT that has learned what the training scenes hold, for REPA and P-DINO without a download
+
+TEACHER_DIM = 96
+
+
+def token_labels(scene: Scene, tokens: int) -> np.ndarray:
+    """What each of tokens x tokens squares of the picture shows: int64 [5, tokens, tokens].
+
+    Colour, shape, size and texture of the object that covers most of the square, if that is a quarter of it, as 1 + the
+    index of the level's name, else 0; then the background, as its index.
+    """
+    rules, fine = LEVELS[scene.level], 4  # pixels a token along each side, to measure what covers it
+    labels = np.zeros((5, tokens, tokens), np.int64)
+    labels[4] = rules.backgrounds.index(scene.background)
+    most = np.full((tokens, tokens), 0.25)
+    for obj in scene.objects:
+        black = Scene("black", (replace(obj, colour="white", texture="plain", shade=1.0),), scene.level)
+        share = render(black, fine * tokens)[..., 0].reshape(tokens, fine, tokens, fine).mean((1, 3)) / COLOURS["white"][0]
+        names = (rules.colours.index(obj.colour), rules.shapes.index(obj.shape), rules.sizes.index(obj.size),
+                 rules.textures.index(obj.texture))
+        labels[:4, share > most] = 1 + np.array(names)[:, None]
+        most = np.maximum(most, share)
+    return labels
+
+
+def train_teacher(data: Path, steps: int, seed: int, batch: int = 64) -> str:
+    """Train the teacher of a set of scenes and write it to data/teacher, a folder as transformers has them; says how good it is.
+
+    A DINOv2 with registers of 3 blocks tells for each of its patches what `token_labels` says. It sees scenes of the set only:
+    training scenes. Raises UserError where `data` is no set of scenes, or has a teacher.
+    """
+    import torch
+    import torch.nn.functional as F
+    from tqdm import trange
+    from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
+
+    from metrics import IMAGENET, level_of
+    from shards import UserError, file_sha256, read_manifest
+
+    manifest, out = read_manifest(data), data / "teacher"
+    if not manifest.get("source", "").startswith("scenes:"):
+        raise UserError(f"{data} holds no scenes: the teacher learns from their labels")
+    if out.exists():
+        raise UserError(f"{out} exists; delete it to train another")
+    level, scenes_seed, size = level_of(manifest), int(manifest["revision"].removeprefix("seed ")), max(manifest["sizes"])
+    rules, patch = LEVELS[level], min(16, size // 8)
+    counts = [1 + len(names) for names in (rules.colours, rules.shapes, rules.sizes, rules.textures)] + [len(rules.backgrounds)]
+    torch.manual_seed(seed)
+    model = Dinov2WithRegistersModel(Dinov2WithRegistersConfig(
+        hidden_size=TEACHER_DIM, num_hidden_layers=3, num_attention_heads=3, image_size=size, patch_size=patch))
+    head = torch.nn.Linear(TEACHER_DIM, sum(counts))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, head = model.to(device).train(), head.to(device)
+    mean, std = (torch.tensor(x, device=device)[:, None, None] for x in IMAGENET)
+    optimizer = torch.optim.AdamW([*model.parameters(), *head.parameters()], lr=2e-3, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
+
+    def read(shown: list[Scene]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """The labels of scenes, [5, B, N], and the logits for each kind of label, [B, classes, N]."""
+        images = torch.from_numpy(np.stack([render(scene, size) for scene in shown])).to(device)
+        x = (images.permute(0, 3, 1, 2) / 255 - mean) / std  # [B, H, W, 3] -> [B, 3, H, W]
+        features = model(x).last_hidden_state[:, 1 + model.config.num_register_tokens:]  # [B, N, C]
+        labels = np.stack([token_labels(scene, size // patch) for scene in shown], axis=1)  # [5, B, tokens, tokens]
+        return torch.from_numpy(labels).flatten(2).to(device), head(features).transpose(1, 2).split(counts, dim=1)
+
+    order = random.Random(seed)
+    for _ in trange(steps, desc=f"teacher of {data}", unit=" steps", disable=None):
+        labels, logits = read([make_scene(order.randrange(manifest["rows"]), scenes_seed, "train", level) for _ in range(batch)])
+        loss = sum(F.cross_entropy(logit, label) for logit, label in zip(logits, labels))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+
+    with torch.no_grad():
+        labels, logits = read(make_scenes(128, seed, "held_out", level))
+        right = torch.stack([logit.argmax(1) == label for logit, label in zip(logits, labels)])  # [5, B, N]
+    on_object = labels[0] > 0
+    shares = [kind[on_object].float().mean().item() for kind in right[:4]]
+    aside = data / ".teacher.partial"
+    model.save_pretrained(aside)
+    os.replace(aside, out)
+    said = ", ".join(f"{name} {share:.1%}" for name, share in zip(("colour", "shape", "size", "texture"), shares))
+    return f"{out}: sha256 {file_sha256(out / 'model.safetensors')}; right on held-out objects' patches: {said}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -307,18 +419,26 @@ def main(argv: list[str]) -> None:
     from data_prep import ROWS_A_PART, Part, write_dataset
     from train_prx import Parser, UserError
 
-    parser = Parser(prog="scenes.py", description="Make a data set of procedural captioned pictures.")
-    parser.add_argument("command", choices=["make"], help="make: write training scenes to --out")
+    parser = Parser(prog="scenes.py", description="Make a data set of procedural captioned pictures, or its teacher.")
+    parser.add_argument("command", choices=["make", "teacher"], help="make: write training scenes to --out; teacher: train the small "
+                        "network of --frozen=scene on their labels, and write it to --data/teacher")
+    parser.add_argument("--data", type=Path, help="teacher: the set of scenes that it learns from")
+    parser.add_argument("--steps", type=int, default=300, help="teacher: training steps, of 64 scenes each")
     parser.add_argument("--out", type=Path, default=Path("data/scenes"), help="folder to make; must not exist")
     parser.add_argument("--rows", type=int, default=20000, help="number of pictures")
     parser.add_argument("--size", type=size_list, default="32", help="width and height, px; a comma list makes several")
     parser.add_argument("--level", default="demo", help=f"difficulty: {', '.join(LEVELS)}")
     parser.add_argument("--seed", type=int, default=0, help="another seed makes other scenes")
     args = parser.parse_args(argv)
+    if args.command == "teacher":
+        if args.data is None or args.steps < 1:
+            raise UserError("teacher needs --data=FOLDER, a set of scenes, and --steps of at least 1")
+        print(train_teacher(args.data, args.steps, args.seed))
+        return
     if args.rows < 1:
         raise UserError(f"--rows={args.rows}: need 1 or more")
     if args.level not in LEVELS:
-        raise UserError(f"--level={args.level}: valid is {', '.join(LEVELS)}; race and solo come with the records track")
+        raise UserError(f"--level={args.level}: valid is {', '.join(LEVELS)}")
     settings = {"source": f"scenes:{args.level}", "revision": f"seed {args.seed}", "sizes": args.size}
 
     source_hash = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()

@@ -40,6 +40,7 @@ import hashlib
 import html
 import importlib.util
 import inspect
+import itertools
 import json
 import logging
 import math
@@ -67,11 +68,12 @@ from torch.distributed.tensor import DTensor
 from torch.nn.attention.varlen import varlen_attn
 
 import ranks
+import scenes
 from command_line import Parser, run_main
 from metrics import IMAGENET, Scorer, parse_metrics
 from muon import Muon, local
 from run_folder import Log, RunFolder, checkpoints_of, draw_grid, load_checkpoint, named_tensors
-from shards import DamagedImage, Ring, RowSet, Slot, UserError, become_reader
+from shards import DamagedImage, Ring, RowSet, Slot, UserError, become_reader, file_sha256
 from weights import fill, load_pretrained, read_init, set_whole, weights_hash
 
 SOURCES = {name: Path(__file__).with_name(name).read_text() for name in
@@ -203,6 +205,9 @@ PRESETS = {
         guidance="cfg", scale=2.0, sample_steps=20, eval_every=400, sample_every=400, save_every=400,
     ),
 }
+# The demo track's task (records/README.md): the demo's machine and model, at scenes with textures
+PRESETS["race"] = replace(PRESETS["demo"], name="race", data="data/race", stages=(Stage(64, 2_400, 32, True),), patch=8,
+                          bottleneck=96, text_tokens=32)
 
 CHOICES = {
     "frozen": ("pretrained", "scene", "random", "none"), "device": ("auto", "cpu", "cuda"), "precision": ("bf16", "fp32"),
@@ -256,6 +261,8 @@ def parse_config(argv: list[str]) -> tuple[Config, str]:
                             help=f"{comments[f.name].replace('%', '%%')} (default: {shown})")
     flags = vars(parser.parse_args(argv))
     preset, resume = PRESETS[flags.pop("preset")], flags.pop("resume")
+    if flags.get("frozen", preset.frozen) == "scene":
+        flags.setdefault("repa_dim", scenes.TEACHER_DIM)
     cfg = replace(preset, **flags)
     check_config(cfg)
     return cfg, resume
@@ -298,7 +305,6 @@ def check_config(cfg: Config) -> None:
         need(N > round(N * cfg.drop), f"--drop={cfg.drop} leaves none of the {N} tokens of a {stage.image_size}px image")
         need(stage.global_batch % cfg.micro_batch == 0,
              f"global batch {stage.global_batch} is not divisible by --micro_batch={cfg.micro_batch}")
-    need(cfg.frozen != "scene", "--frozen=scene: the scene teacher is not built yet; use --frozen=none, random or pretrained")
     need(cfg.track != "wandb" or importlib.util.find_spec("wandb") is not None,
          "--track=wandb: wandb is not installed: pip install wandb")
     if cfg.score:
@@ -922,7 +928,7 @@ class Dino:
         if compile:
             compile_layers(self.model)
         self.dtype = dtype
-        self.patch, self.dim = model.config.patch_size, model.config.hidden_size
+        self.patch, self.dim, self.image_size = model.config.patch_size, model.config.hidden_size, model.config.image_size
         self.prefix = 1 + getattr(model.config, "num_register_tokens", 0)  # [CLS, registers, patches]
         self.mean, self.std = torch.tensor(IMAGENET, device=device)[..., None, None]  # what both DINOs were trained with
 
@@ -949,12 +955,25 @@ def compile_layers(network: nn.Module) -> None:
             layer.compile(fullgraph=True, dynamic=False)
 
 
+def scene_teacher(cfg: Config) -> str:
+    """The folder of the network that `scenes.py teacher` trained, in the run's first set; raises UserError where there is none."""
+    data = cfg.data.split(",")[0].partition(":")[0]
+    if not Path(data, "teacher", "model.safetensors").exists():
+        raise UserError(f"--frozen=scene: {data} has no teacher; `python scenes.py teacher --data={data}` trains it in about a minute")
+    return f"{data}/teacher"
+
+
 def load_frozen(cfg: Config, device: torch.device) -> Frozen:
     """Load what the weights and stages of `cfg` ask for; raises UserError where a network cannot be had."""
     frozen = Frozen()
     if cfg.frozen == "none":
         return frozen
     dtype = torch.bfloat16 if cfg.precision == "bf16" else torch.float32
+    if cfg.frozen == "scene":  # no LPIPS: for its VGG there is no stand-in
+        dino = Dino(scene_teacher(cfg), "pretrained", dtype, device, compile=compiles(cfg, device))
+        frozen.teacher = lambda x0: dino(x0, size=(x0.shape[2] // cfg.patch * dino.patch, x0.shape[3] // cfg.patch * dino.patch))
+        frozen.pdino = lambda image: dino(image, size=(dino.image_size, dino.image_size))
+        return frozen
     if cfg.repa_weight > 0 and any(stage.repa for stage in cfg.stages):
         dino = Dino(cfg.repa_teacher, cfg.frozen, dtype, device, cfg.seed, compiles(cfg, device))
         if dino.dim != cfg.repa_dim:
@@ -1444,12 +1463,15 @@ def write_header(log: Log, cfg: Config, frozen: Frozen, model: PRX, data: dict, 
     log.write(f"config {json.dumps(config_to_json(cfg))}", console=False)
     cpu = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text()) if Path("/proc/cpuinfo").exists() else None
     hardware = torch.cuda.get_device_name() if device.type == "cuda" else f"{cpu[1] if cpu else platform.machine()} CPU"
-    log.write(f"{datetime.datetime.now():%Y-%m-%d %H:%M}  python {platform.python_version()}  torch {torch.__version__}  "
+    log.write(f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S}  python {platform.python_version()}  torch {torch.__version__}  "
               f"transformers {transformers.__version__}  datasets {datasets.__version__}  numpy {np.__version__}")
     log.write(f"{dist.get_world_size()} x {hardware}, {torch.get_num_threads()} threads; source {SOURCE_HASH[:12]}; "
               f"run {cfg.name}, seed {cfg.seed}, {cfg.precision}")
-    for folder, manifest_hash in data.items():
-        log.write(f"data {folder}, manifest {manifest_hash[:12]}")
+    for folder, found in data.items():
+        if cfg.frozen == "scene" and folder == scene_teacher(cfg):
+            log.write(f"teacher {folder}, sha256 {found}; it was trained on the labels of the training scenes")
+        else:
+            log.write(f"data {folder}, manifest {found}")
     count = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("repa_projector."))
     log.write(f"model {count:,} parameters, width {cfg.width}, depth {cfg.depth}, patch {cfg.patch}; "
               f"blocks {cfg.route.start} to {cfg.route.stop - 1} see {1 - cfg.drop:.0%} of the tokens in training")
@@ -1496,6 +1518,18 @@ def check_ranks(cfg: Config) -> None:
                             f"these numbers can: {', '.join(map(str, fits))}")
 
 
+def warm_up(model: PRX, frozen: Frozen, cfg: Config, device: torch.device) -> None:
+    """Run a step of every stage on noise, so that all is compiled before the clock starts. Spoils the weights."""
+    optimizer, ema = build_optimizer(model, cfg), EMA(model)
+    for stage in cfg.stages:
+        B, L, S = cfg.micro_batch, cfg.text_tokens, stage.image_size
+        random = tag_generator(device, "warm-up")
+        noise = {"x0": torch.randn(B, 3, S, S, device=device, generator=random).clamp(-1, 1),
+                 "txt": torch.randn(B * L, cfg.text_dim, device=device, generator=random),
+                 "txt_mask": torch.ones(B, L, dtype=torch.bool, device=device)}
+        train_step(model, optimizer, ema, frozen, itertools.repeat(noise), cfg, stage, 0, {})
+
+
 def train(cfg: Config, resume: str, device: torch.device, mesh: DeviceMesh, watch: ranks.Watch | None) -> bool:
     """Run the stages of `cfg` from where the run stands to its last step; False where a signal stopped it before."""
     rank, world, end = dist.get_rank(), dist.get_world_size(), last_step(cfg)
@@ -1508,6 +1542,8 @@ def train(cfg: Config, resume: str, device: torch.device, mesh: DeviceMesh, watc
     stages = [(stage, first_step, Chunks(cfg, stage, first_row)) for stage, first_step, first_row in stage_spans(cfg)]
     sets = stages[0][2].sets
     data = {s.folder: s.manifest_hash for s in sets}
+    if cfg.frozen == "scene":
+        data[scene_teacher(cfg)] = file_sha256(Path(scene_teacher(cfg), "model.safetensors"))
     identity = {"config": config_to_json(cfg), "source": SOURCE_HASH, "data": data}
     init = None
     if cfg.init and (resume == "never" or not checkpoints_of(Path("runs", cfg.name))):  # before --resume=never renames it
@@ -1527,6 +1563,10 @@ def train(cfg: Config, resume: str, device: torch.device, mesh: DeviceMesh, watc
 
     # Build
     model = build_model(cfg, mesh, device)
+    began = time.perf_counter()
+    warm_up(model, frozen, cfg, device)
+    warm_up_seconds = time.perf_counter() - began
+    model.init_weights(cfg.seed)
     if init is not None and run.checkpoint is None:
         fill(model, init, cfg.init)
         log.write(f"starting from the weights of {cfg.init}, sha256 {init_hash[:12]}")
@@ -1545,6 +1585,7 @@ def train(cfg: Config, resume: str, device: torch.device, mesh: DeviceMesh, watc
     if step >= end:
         raise UserError(f"checkpoint {run.checkpoint} is at step {step}, and the run ends at {end}: raise --max_steps or --stages")
     write_header(log, cfg, frozen, model, data, device, step)
+    log.write(f"warmed up in {warm_up_seconds:.1f} s, off the clock")
     signals = []  # those that asked to stop
     for number in ranks.SIGNALS:
         signal.signal(number, lambda number, frame: signals.append(number))
@@ -1559,7 +1600,7 @@ def train(cfg: Config, resume: str, device: torch.device, mesh: DeviceMesh, watc
         cost = f"  {seconds / 3600:.2f} h ${seconds / 3600 * world * cfg.price:,.2f}" if device.type == "cuda" else ""
         skips = f"  skipped {int(progress['skipped'])}" if progress["skipped"] else ""
         speed = window.rate * stage.global_batch
-        log.write(f"step {step}/{end}  {terms}  {speed:.0f} images/s  {left} left{cost}{skips}")
+        log.write(f"step {step}/{end}  {terms}  {speed:.1f} images/s  {seconds:.2f} s  {left} left{cost}{skips}")
         norms = {name: norm for name, norm in window.norms.items() if math.isfinite(norm)}  # JSON has no NaN
         log.metrics(step, **window.means, **norms, lr=cfg.lr * lr_factor(cfg, step - 1), images_per_second=speed,
                     seconds=seconds, skipped=int(progress["skipped"]))
@@ -1656,7 +1697,8 @@ def train(cfg: Config, resume: str, device: torch.device, mesh: DeviceMesh, watc
     finished = step >= end
     run.close()
     if finished:
-        log.write(f"finished at step {step}: {run.path}/ema.safetensors, samples in {run.path}/samples")
+        log.write(f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S}  finished at step {step}, {float(progress['seconds']):.2f} s on the clock: "
+                  f"{run.path}/ema.safetensors, samples in {run.path}/samples")
     else:
         log.write(f"stopped by a signal at step {step} of {end}; the same command continues")
     return finished
