@@ -1453,7 +1453,8 @@ class Meter:
         return read
 
 
-def write_header(log: Log, cfg: Config, frozen: Frozen, model: PRX, data: dict, device: torch.device, start: int) -> None:
+def write_header(log: Log, cfg: Config, frozen: Frozen, model: PRX, data: dict, device: torch.device,
+                 began: datetime.datetime) -> None:
     """What proves a run: source, config, versions, hardware and data; the console gets the part that people read."""
     import datasets
     import transformers
@@ -1463,7 +1464,7 @@ def write_header(log: Log, cfg: Config, frozen: Frozen, model: PRX, data: dict, 
     log.write(f"config {json.dumps(config_to_json(cfg))}", console=False)
     cpu = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text()) if Path("/proc/cpuinfo").exists() else None
     hardware = torch.cuda.get_device_name() if device.type == "cuda" else f"{cpu[1] if cpu else platform.machine()} CPU"
-    log.write(f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S}  python {platform.python_version()}  torch {torch.__version__}  "
+    log.write(f"{began:%Y-%m-%d %H:%M:%S}  python {platform.python_version()}  torch {torch.__version__}  "
               f"transformers {transformers.__version__}  datasets {datasets.__version__}  numpy {np.__version__}")
     log.write(f"{dist.get_world_size()} x {hardware}, {torch.get_num_threads()} threads; source {SOURCE_HASH[:12]}; "
               f"run {cfg.name}, seed {cfg.seed}, {cfg.precision}")
@@ -1485,8 +1486,6 @@ def write_header(log: Log, cfg: Config, frozen: Frozen, model: PRX, data: dict, 
         log.write("blocks run uncompiled, and slower: there is no C++ compiler (g++, or the one that CXX names)")
     if cfg.frozen == "random":
         log.write("WARNING --frozen=random: lpips, pdino and repa come from random weights and mean nothing")
-    if start:
-        log.write(f"continuing from step {start}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1532,7 +1531,7 @@ def warm_up(model: PRX, frozen: Frozen, cfg: Config, device: torch.device) -> No
 
 def train(cfg: Config, resume: str, device: torch.device, mesh: DeviceMesh, watch: ranks.Watch | None) -> bool:
     """Run the stages of `cfg` from where the run stands to its last step; False where a signal stopped it before."""
-    rank, world, end = dist.get_rank(), dist.get_world_size(), last_step(cfg)
+    rank, world, end, began = dist.get_rank(), dist.get_world_size(), last_step(cfg), datetime.datetime.now()
     torch.set_float32_matmul_precision("high")
     torch._dynamo.config.recompile_limit = 64  # a block compiles once for each (stage, routed or not)
     for chatty in ("torch.distributed.checkpoint", "torch.utils.cpp_extension"):  # of single ranks, of absent CUDA
@@ -1563,9 +1562,9 @@ def train(cfg: Config, resume: str, device: torch.device, mesh: DeviceMesh, watc
 
     # Build
     model = build_model(cfg, mesh, device)
-    began = time.perf_counter()
+    paused = time.perf_counter()
     warm_up(model, frozen, cfg, device)
-    warm_up_seconds = time.perf_counter() - began
+    warm_up_seconds = time.perf_counter() - paused
     model.init_weights(cfg.seed)
     if init is not None and run.checkpoint is None:
         fill(model, init, cfg.init)
@@ -1584,7 +1583,9 @@ def train(cfg: Config, resume: str, device: torch.device, mesh: DeviceMesh, watc
     log.forget_after(step)
     if step >= end:
         raise UserError(f"checkpoint {run.checkpoint} is at step {step}, and the run ends at {end}: raise --max_steps or --stages")
-    write_header(log, cfg, frozen, model, data, device, step)
+    write_header(log, cfg, frozen, model, data, device, began)
+    if step:
+        log.write(f"continuing from step {step}")
     log.write(f"warmed up in {warm_up_seconds:.1f} s, off the clock")
     signals = []  # those that asked to stop
     for number in ranks.SIGNALS:
@@ -1623,10 +1624,10 @@ def train(cfg: Config, resume: str, device: torch.device, mesh: DeviceMesh, watc
         mine = per_step // world
         order = [s * per_step + rank * mine + k for s in range(step - first_step, stage_end - first_step) for k in range(mine)]
         batches = (make_batch(raw, encode_text, device) for raw in load_chunks(chunks, order, device))
-        meter = Meter(["loss", *term_names(cfg, frozen, stage), "grad_norm"], mesh, device)
         paused = time.perf_counter()
         scorer = Scorer(cfg.score, chunks.sets, cfg.score_n, device, batch=cfg.micro_batch) if cfg.score else None
         started += time.perf_counter() - paused
+        meter = Meter(["loss", *term_names(cfg, frozen, stage), "grad_norm"], mesh, device)
         windows = []  # closed, not yet reported
         first = True  # the stage's first step compiles
 

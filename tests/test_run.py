@@ -6,6 +6,7 @@ on one rank does; a mistake is answered with one line and changes nothing; the l
 Runs are forked by conftest.py; what is claimed of a bare `python` is tested with that. Nodes, launchers and what clusters
 do are in test_cluster.py.
 """
+import datetime
 import hashlib
 import importlib
 import io
@@ -18,6 +19,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -346,7 +348,7 @@ MISTAKES = {  # what is wrong -> (flags, what the one line must say)
                         ["facebook/dinov3-vitl16-pretrain-lvd1689m", "https://huggingface.co/facebook/dinov3-vitl16",
                          "open fallback: --repa_teacher=facebook/dinov2-with-registers-large"]),
     "no such P-DINO": (["--frozen=pretrained", "--repa_weight=0", "--pdino_model=nobody/nothing"], ["nobody/nothing"]),
-    "the scene teacher": (["--frozen=scene"], ["--frozen=scene", "not built yet", "--frozen=none"]),
+    "no scene teacher": (["--frozen=scene"], ["--frozen=scene", "has no teacher", "python scenes.py teacher --data="]),
     "no GPU": (["--device=cuda"], ["--device=cuda", "no GPU", "--device=cpu"]),
     "no checkpoint to resume": (["--resume=nothing"], ["--resume=nothing", "neither a checkpoint nor a run"]),
 }
@@ -547,13 +549,56 @@ def test_the_log_proves_the_run(unbroken, data, tiny):
     config = json.loads(re.search(r"^config (.*)$", log, re.MULTILINE)[1])
     assert config_from_json(config) == config_from_json(json.loads(metadata["config"])) == cfg
     manifest = hashlib.sha256((data / "manifest.json").read_bytes()).hexdigest()
-    assert f"\ndata {data}, manifest {manifest[:12]}\n" in log
+    assert f"\ndata {data}, manifest {manifest}\n" in log
     assert json.loads(metadata["data"]) == {str(data): manifest} and metadata["step"] == str(FINISH)
     for package in ("torch", "transformers", "datasets", "numpy"):
         assert f"  {package} {importlib.import_module(package).__version__}" in log
     count = sum(p.numel() for name, p in PRX(cfg).named_parameters() if not name.startswith("repa_projector."))
     assert f"\nmodel {count:,} parameters, width 32, depth 3, patch 8; blocks 1 to 1 see 50% of the tokens" in log
     assert "loss 1 flow; off: lpips, pdino, repa\n" in log
+
+
+def test_the_clock_adds_up(unbroken):
+    log = (unbroken / "log.txt").read_text()
+    windows = re.findall(r"^step (\d+)/20 .*  ([\d.]+) images/s  ([\d.]+) s  ", log, re.MULTILINE)
+    lines = [line for line in metrics(unbroken) if "loss" in line]
+    assert [(int(step), float(seconds)) for step, _, seconds in windows] == [(line["step"], round(line["seconds"], 2)) for line in lines]
+    clock = 0.0
+    for line in lines:  # a window is a step of 16 images; evaluation and saving lie between windows, off the clock
+        assert 16 / line["images_per_second"] == pytest.approx(line["seconds"] - clock, abs=0.01)
+        clock = line["seconds"]
+    began, = re.findall(r"^(\S+ \S+)  python ", log, re.MULTILINE)
+    ended, seconds = re.findall(r"^(\S+ \S+)  finished at step 20, ([\d.]+) s on the clock: ", log, re.MULTILINE)[0]
+    assert float(seconds) == pytest.approx(clock, abs=0.01)
+    wall = datetime.datetime.fromisoformat(ended) - datetime.datetime.fromisoformat(began)
+    assert clock <= wall.total_seconds() + 1
+
+
+WARM_UP = """
+import sys, time
+sys.path.insert(0, {root!r})
+import train_prx
+
+def warm_up(model, frozen, cfg, device):
+    honest(model, frozen, cfg, device) if {warm} else time.sleep(5)
+
+honest, train_prx.warm_up = train_prx.warm_up, warm_up
+train_prx.run_main(train_prx.main)
+"""
+
+
+def test_warming_up_leaves_no_trace_and_is_off_the_clock(tmp_path, tiny):
+    flags = [*tiny, "--stages=32:3:16:1,64:2:16:0", "--ema_every=1"]
+    for warm in (True, False):
+        (tmp_path / "warm_up.py").write_text(WARM_UP.format(root=str(ROOT), warm=warm))
+        began = time.monotonic()
+        assert run(tmp_path, tmp_path / "warm_up.py", *flags, f"--name=warm-{warm}").status == 0
+    seconds = time.monotonic() - began
+    cold, warmed = tmp_path / "runs/warm-False", tmp_path / "runs/warm-True"
+    assert_same_end(cold, warmed)
+    assert curve(cold) == curve(warmed) and len(curve(cold)) == 5
+    assert "\nwarmed up in 5." in (cold / "log.txt").read_text()
+    assert metrics(cold)[-1]["seconds"] < seconds - 5
 
 
 def test_metrics_are_json_lines_with_loss_terms_and_learning_rate(unbroken):
