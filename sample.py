@@ -232,9 +232,9 @@ def save_picture(picture: Image.Image, path: Path, **said) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # Scores
 
-MEANING = {"objects": "right colour in the right place", "exact": "and right shape and size", "colour": "right colour",
-           "place": "something is there", "size": "right size", "shape": "right shape", "background": "right background",
-           "scenes": "every object exact, nothing else",
+MEANING = {"objects": "right colour in the right place", "exact": "and right shape, size and texture", "colour": "right colour",
+           "place": "something is there", "size": "right size", "shape": "right shape", "texture": "right texture",
+           "background": "right background", "scenes": "every object exact, nothing else",
            "cmmd": "CLIP embeddings, MMD x 1000", "mmd": "DINOv2 embeddings, MMD x 1000", "fdd": "Frechet distance, DINOv2",
            "fid": "Frechet distance, Inception-v3", "held_out": "flow-matching loss of held-out rows"}
 

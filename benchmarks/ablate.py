@@ -1,0 +1,183 @@
+"""What one change does to a run: the same seeds, one flag or patch changed at a time, time to the target and final score.
+
+    python benchmarks/ablate.py --preset=race --seeds=0,1 base dense=--drop=0 "sprint=records/levers/sprint.patch --drop=0.75"
+
+An arm is a name, "=", and what it changes: flags of train_prx.py and patches of the source, separated by spaces; `base`
+changes nothing. Runs are made seed by seed, so that a slow spell of the machine meets all arms, and --jobs at a time, each
+with its share of the cores. Started again, the same command makes only what is missing. A folder --out holds for each run
+log.txt and metrics.jsonl, and table.md and plot.png for all of them.
+"""
+import argparse
+import json
+import os
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from command_line import Parser, run_main  # noqa: E402
+from race import TRACKS  # noqa: E402
+from shards import UserError  # noqa: E402
+
+
+class Arm(NamedTuple):
+    """A change: its name, the patches and the flags that make it."""
+    name: str
+    patches: tuple[Path, ...]
+    flags: tuple[str, ...]
+
+
+class Outcome(NamedTuple):
+    """What a finished run gives."""
+    score: float           # at the end, a share
+    seconds: float         # on its clock
+    to_target: float | None  # seconds at its first score that is the target or more; None where there is none
+    rate: float            # images/s, the median of its windows
+
+
+def parse_arm(text: str) -> Arm:
+    """"name=flags and patches" -> Arm; raises argparse's error."""
+    name, _, change = text.partition("=")
+    words = shlex.split(change)
+    patches = tuple(Path(word).resolve() for word in words if not word.startswith("--"))
+    missing = [str(patch) for patch in patches if not patch.is_file()]
+    if not name.replace("-", "").replace("_", "").isalnum() or missing:
+        raise argparse.ArgumentTypeError(f"{text!r}: " + (f"there is no {missing[0]}" if missing else "a name is of letters, digits, - and _"))
+    return Arm(name, patches, tuple(word for word in words if word.startswith("--")))
+
+
+def parse_seeds(text: str) -> list[int]:
+    return [int(seed) for seed in text.split(",")]
+
+
+def lay_out(arm: Arm, folder: Path) -> None:
+    """The sources with the arm's patches in `folder`, beside the repository's data; raises UserError where a patch does not apply."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for source in ROOT.glob("*.py"):
+        shutil.copy(source, folder)
+    (folder / "data").symlink_to(ROOT / "data")
+    for patch in arm.patches:
+        done = subprocess.run(["git", "apply", str(patch)], cwd=folder, capture_output=True, text=True,
+                              env=os.environ | {"GIT_CEILING_DIRECTORIES": str(folder.parent)})
+        if done.returncode:
+            raise UserError(f"arm {arm.name}: {patch} does not apply: {done.stderr.strip().splitlines()[0]}")
+
+
+def outcome(folder: Path, score: str, target: float) -> Outcome | None:
+    """What the run in `folder` gave; None where it has not finished."""
+    log = folder / "log.txt"
+    if not log.exists() or "  finished at step " not in log.read_text()[-2000:]:
+        return None
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    scores = [(line["seconds"], line[score]) for line in lines if score in line]
+    seconds, last = scores[-1]
+    return Outcome(last, seconds, next((when for when, value in scores if value >= target), None),
+                   statistics.median(line["images_per_second"] for line in lines if "images_per_second" in line))
+
+
+def spread(values: list[float], form: str) -> str:
+    """Mean and, of several values, standard deviation."""
+    deviation = f" +- {format(statistics.stdev(values), form)}" if len(values) > 1 else ""
+    return f"{format(statistics.mean(values), form)}{deviation}"
+
+
+def describe(arm: Arm) -> str:
+    return " ".join([*(patch.name for patch in arm.patches), *arm.flags]) or "nothing"
+
+
+def table(arms: list[Arm], found: dict[str, list[Outcome]], target: float) -> str:
+    """The arms in the order given as a Markdown table; +- is one standard deviation over seeds."""
+    rows = [f"| arm | changed | seeds | score at the end | seconds to {target:.0%} | seconds in all | images/s |", "| --- " * 7 + "|"]
+    for arm in arms:
+        outcomes = found[arm.name]
+        if not outcomes:
+            continue
+        reached = [run.to_target for run in outcomes if run.to_target is not None]
+        when = (f"{spread(reached, '.0f')}" + ("" if len(reached) == len(outcomes) else f", {len(reached)} of {len(outcomes)} seeds")
+                if reached else "not reached")
+        rows.append(f"| {arm.name} | {describe(arm)} | {len(outcomes)} | {spread([run.score for run in outcomes], '.1%')} | {when} | "
+                    f"{spread([run.seconds for run in outcomes], '.0f')} | {spread([run.rate for run in outcomes], '.0f')} |")
+    return "\n".join(rows) + "\n"
+
+
+def plot(arms: list[Arm], found: dict[str, list[Outcome]], target: float, out: Path) -> None:
+    """Final score against seconds on the clock: a point a run, a colour an arm, its name at its mean."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.5, 5), layout="constrained")
+    panel = figure.subplots()
+    for k, arm in enumerate(arm for arm in arms if found[arm.name]):
+        runs = found[arm.name]
+        colour = f"C{k % 10}"
+        panel.plot([run.seconds for run in runs], [100 * run.score for run in runs], "o", color=colour, alpha=0.6)
+        panel.annotate(arm.name, (statistics.mean(run.seconds for run in runs), 100 * statistics.mean(run.score for run in runs)),
+                       xytext=(6, 4), textcoords="offset points", color=colour)
+    panel.axhline(100 * target, color="0.5", linestyle=":")
+    panel.set_xlabel("seconds on the clock")
+    panel.set_ylabel("score at the end, %")
+    panel.grid(color="0.9")
+    panel.spines[["top", "right"]].set_visible(False)
+    figure.savefig(out, dpi=110)
+
+
+def main(argv: list[str]) -> None:
+    parser = Parser(prog="ablate.py", description="Change one flag or patch at a time, over the same seeds.")
+    parser.add_argument("arms", nargs="+", type=parse_arm, help="name=flags and patches; a name alone changes nothing")
+    parser.add_argument("--preset", default="race", choices=[track.preset for track in TRACKS.values() if track.preset != "record"],
+                        help="what the arms change")
+    parser.add_argument("--seeds", type=parse_seeds, default="0,1", help="comma list")
+    parser.add_argument("--flags", default="", help="flags of every arm, such as --stages=64:600:32:1")
+    parser.add_argument("--out", type=Path, default=Path("runs/ablation"), help="folder of the runs, the table and the plot")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, on a CPU; their clocks are slower than alone, all alike")
+    parser.add_argument("--score_every", type=int, default=200, help="steps between scores: times to the target are known to so many")
+    args = parser.parse_args(argv)
+    track = next(track for track in TRACKS.values() if track.preset == args.preset)
+    names = [arm.name for arm in args.arms]
+    if len(set(names)) < len(names) or args.jobs < 1:
+        raise UserError("every arm needs a name of its own, and --jobs is 1 or more")
+    if not (ROOT / track.data).exists():
+        raise UserError(f"there is no {track.data}: `./run.sh {track.preset} --max_steps=1` makes it")
+    score = track.metric
+    for arm in args.arms:
+        if any(outcome(args.out / f"{arm.name}-seed-{seed}", score, track.target) is None for seed in args.seeds):
+            lay_out(arm, args.out / "sources" / arm.name)
+
+    def run(arm: Arm, seed: int) -> None:
+        folder, sources = args.out / f"{arm.name}-seed-{seed}", args.out / "sources" / arm.name
+        if outcome(folder, score, track.target) is None:
+            name = f"seed-{seed}"
+            flags = [f"--preset={args.preset}", f"--seed={seed}", f"--name={name}", "--resume=never", "--score=scenes",
+                     f"--score_n={track.score_n}", f"--score_every={args.score_every}", "--eval_every=0", "--sample_every=0",
+                     "--save_every=0", *shlex.split(args.flags), *arm.flags]
+            threads = {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // args.jobs))}
+            done = subprocess.run([sys.executable, "train_prx.py", *flags], cwd=sources, capture_output=True, text=True,
+                                  env=os.environ | threads)
+            if done.returncode:
+                raise UserError(f"{arm.name}, seed {seed}: {(done.stderr.strip() or 'no message').splitlines()[-1]}")
+            folder.mkdir(parents=True, exist_ok=True)
+            for file in ("log.txt", "metrics.jsonl"):
+                shutil.copy(sources / "runs" / name / file, folder)
+        bar.update()
+
+    with tqdm(total=len(args.arms) * len(args.seeds), unit=" runs", desc="ablation") as bar, ThreadPoolExecutor(args.jobs) as pool:
+        for waiting in [pool.submit(run, arm, seed) for seed in args.seeds for arm in args.arms]:
+            waiting.result()
+    found = {arm.name: [outcome(args.out / f"{arm.name}-seed-{seed}", score, track.target) for seed in args.seeds] for arm in args.arms}
+    text = table(args.arms, found, track.target)
+    (args.out / "table.md").write_text(text)
+    plot(args.arms, found, track.target, args.out / "plot.png")
+    print(text, end="")
+
+
+if __name__ == "__main__":
+    run_main(main)
