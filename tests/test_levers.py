@@ -201,7 +201,7 @@ def test_irepa_convolves_a_grid_with_zeros_for_routed_tokens_and_aligns_with_nor
     out = projector.bias + sum(grid[:, r : r + 2, c : c + 8] @ weight[:, :, r, c].T for r in range(3) for c in range(3))
     mean, variance = target.double().mean(1, keepdim=True), target.double().var(1, keepdim=True)
     cosine = F.cosine_similarity(out.flatten(1, 2), (target - 0.7 * mean) / variance.sqrt(), dim=-1)[kept]
-    assert terms["repa"].item() == pytest.approx(-cosine.mean().item(), rel=1e-5)
+    assert terms["repa"].item() == pytest.approx(-cosine.mean().item(), abs=1e-6)  # another formula: some 1e-2
 
 
 def test_irepa_draws_the_convolution_as_torch_does(patched):
