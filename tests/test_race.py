@@ -1,0 +1,512 @@
+"""Records: what `race.py verify` accepts and refuses, how one is entered, how they are listed. Run with
+`python -m pytest tests/test_race.py`.
+
+One tiny record is made by `race.py enter`: a track of 32px, two seeds, a baseline of 10 steps and an entry of 6. Each refusal is of a
+copy of it that somebody has tampered with. Training runs are forked (conftest) where `race.py` starts a Python.
+"""
+import hashlib
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import race
+import rules
+import train_prx
+from conftest import ROOT, TINY, run, start
+from rules import CHECKS, TRACKS, Refusal, load_record, load_run, parse_log
+
+ENTRY = {**train_prx.SOURCES, "train_prx.py": train_prx.SOURCES["train_prx.py"].replace("nanoPRX: train", "nanoPRX, faster: train")}
+FLAGS = [*TINY[1:], "--stages=32:10:16:1", "--micro_batch=16", "--log_every=2", "--data=data/tiny"]
+TRAINED = []  # the runs that were started, by name
+STARTED = race.train_lines  # which starts a Python
+
+
+def forked(folder: Path, flags: list[str], cores: int):
+    """race.train_lines, from a process that has imported torch."""
+    TRAINED.append(next(flag for flag in reversed(flags) if flag.startswith("--name=")).removeprefix("--name="))
+    running = start(folder, folder.resolve() / "train_prx.py", *flags)
+    with running.out.open() as out:
+        while (alive := running.alive()) or True:
+            if line := out.readline():
+                yield line.rstrip("\n")
+            elif not alive:
+                break
+            time.sleep(0.002 * (not line))
+    result = running.wait()
+    rules.need(result.status == 0, result.stderr)
+
+
+def forked_command(script: Path, *flags: str) -> None:
+    assert run(Path.cwd(), script, *flags).status == 0
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory, data):
+    """records/ of a checkout whose demo track is tiny: `base`, its baseline, and `entry`, which takes fewer steps."""
+    checkout = tmp_path_factory.mktemp("checkout")
+    for folder in ("data", "records"):
+        (checkout / folder).mkdir()
+    (checkout / "data/tiny").symlink_to(data)
+    tiny = replace(TRACKS["demo"], preset="demo", data={"data/tiny": race.file_sha256(data / "manifest.json")}, image_size=32, score_n=4,
+                   target=-1.0, sigma=0.01, seeds=2, cores=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(checkout)
+        patch.setitem(TRACKS, "demo", tiny)
+        patch.setattr(race, "train_lines", forked)
+        patch.setattr(race, "command", forked_command)
+        race.main(["enter", "records/base", "--baseline", "--author=A", "--summary=start", "--", *FLAGS])
+        patch.setattr(train_prx, "SOURCES", ENTRY)
+        arguments = ["enter", "records/entry", "--author=B", "--summary=fewer | steps", "--", *FLAGS, "--stages=32:6:16:1"]
+        stop_at = len(TRAINED) + 2
+
+        def killed(folder, flags, cores):
+            if len(TRAINED) == stop_at:
+                raise KeyboardInterrupt
+            yield from forked(folder, flags, cores)
+
+        patch.setattr(race, "train_lines", killed)
+        with pytest.raises(KeyboardInterrupt):
+            race.main(arguments)
+        assert not Path("records/entry/record.json").exists()
+        patch.setattr(race, "train_lines", forked)
+        race.main(arguments)
+        assert TRAINED == ["seed-0", "seed-1", "baseline-0", "seed-0", "baseline-1", "seed-1"]
+        for name in ("base", "entry"):
+            readme = Path("records", name, "README.md")
+            readme.write_text(readme.read_text().replace(rules.TO_WRITE, "Fewer steps."))
+        yield checkout / "records"
+
+
+@pytest.fixture
+def copy(records):
+    """A copy of the entry beside it, to tamper with."""
+    shutil.copytree(records / "entry", records / "copy")
+    yield records / "copy"
+    shutil.rmtree(records / "copy")
+
+
+@pytest.fixture
+def no_training(monkeypatch):
+    """Nothing may be executed."""
+    def refuse(*arguments):
+        raise AssertionError("something was executed")
+
+    monkeypatch.setattr(race, "train_lines", refuse)
+    monkeypatch.setattr(race, "command", refuse)
+
+
+def verdict(capsys, folder: Path, *flags: str) -> tuple[int, list[str]]:
+    """Exit status and lines of `race.py verify`."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        race.main(["verify", str(folder), *flags])
+    return ended.value.code, [line for line in capsys.readouterr().out.splitlines() if not line.startswith("    ")]
+
+
+def edit(file: Path, pattern: str, text: str, count: int = 1) -> None:
+    """Replace what matches, in a log only behind its sources; it must be there."""
+    sources, config, lines = file.read_text().rpartition("\nconfig {")
+    new, found = re.subn(pattern, text, config + lines, count=count, flags=re.MULTILINE)
+    assert found, f"{pattern} is not in {file}"
+    file.write_text(sources + new)
+
+
+def edit_source(log: Path, old: str, new: str) -> None:
+    """Change a source in a log, and no hash."""
+    text = log.read_text()
+    assert old in text
+    log.write_text(text.replace(old, new))
+
+
+def change_source(record: Path, arm: str, name: str, old: str, new: str) -> None:
+    """Change a source in the logs of an arm, with every hash and the patch as if it had run."""
+    for place in record.glob(f"{arm}-*"):
+        log = parse_log((place / "log.txt").read_text())
+        text = log.sources[name]
+        assert old in text
+        sources = {**log.sources, name: text.replace(old, new)}
+        whole = (place / "log.txt").read_text().replace(f"==== {name} sha256 {rules.sha256(text)}\n{text}====\n",
+                                                        f"==== {name} sha256 {rules.sha256(sources[name])}\n{sources[name]}====\n")
+        before, after = rules.source_hash(log.sources)[:12], rules.source_hash(sources)[:12]
+        (place / "log.txt").write_text(whole.replace(f"source {before};", f"source {after};"))
+    if arm == "seed":
+        base = load_run(record.parent / "base/seed-0").log.sources
+        (record / "change.patch").write_text(rules.patch(base, sources))
+
+
+def claim_again(record: Path) -> None:
+    """Write record.json anew from the logs."""
+    claim = json.loads((record / "record.json").read_text())
+    found = load_record(record)
+    (record / "record.json").write_text(json.dumps({**claim, **rules.claim_of(found)}))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# verify: yes
+
+
+def test_an_honest_record_is_trained_again_and_accepted(records, monkeypatch, capsys):
+    monkeypatch.setattr(race, "RATIO_KEPT", 0.1)  # runs of a quarter of a second: their ratio is noise
+    TRAINED.clear()
+    status, lines = verdict(capsys, records / "entry")
+    assert status == 0 and TRAINED == ["baseline-0", "seed-0"], lines
+    assert sum(line.startswith("checked: ") for line in lines) == len(CHECKS) + 1
+    assert any(line.startswith("re-ran: baseline-0 gives") for line in lines) and any(line.startswith("re-ran: seed-0 gives") for line in lines)
+    assert lines[-1] == f"yes: {records / 'entry'} was checked, and 1 of 2 seeds trained again"
+
+
+def test_without_a_re_run_it_says_that_nothing_was_re_run(records, no_training, capsys):
+    status, lines = verdict(capsys, records / "entry", "--rerun=0")
+    assert status == 0 and lines[-2:] == ["nothing was re-run: --rerun=0", f"yes: {records / 'entry'} was checked only"]
+    assert verdict(capsys, records / "base", "--rerun=0")[0] == 0
+
+
+@pytest.mark.parametrize("track, why", [({"cores": 0, "gpus": 1}, "for 1 GPU, and here is none"), ({"cores": 999}, "for 999 CPU cores")])
+def test_a_machine_that_cannot_re_run_says_so_and_no_more(records, no_training, monkeypatch, capsys, track, why):
+    monkeypatch.setattr(race, "CHECKS", ())  # this log is not of such a machine
+    monkeypatch.setitem(TRACKS, "demo", replace(TRACKS["demo"], **track))
+    status, lines = verdict(capsys, records / "entry")
+    assert status == 0 and why in lines[-2] and lines[-1].endswith("was checked only")
+
+
+def test_what_a_track_has_not_set_yet_is_said(records, no_training, monkeypatch, capsys):
+    monkeypatch.setitem(TRACKS, "demo", replace(TRACKS["demo"], target=None, sigma=None, data={"data/tiny": ""}))
+    text = "\n".join(verdict(capsys, records / "entry", "--rerun=0")[1])
+    assert "no target or no sigma yet" in text and "which the track has not fixed yet" in text
+
+
+@pytest.mark.parametrize("folder", sorted((ROOT / "records").glob("*/record.json")), ids=lambda file: file.parent.name)
+def test_the_committed_records_pass_every_check(folder):
+    record = load_record(folder.parent)
+    assert all(check(record) for check in CHECKS)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# verify: no, before anything is executed
+
+
+def later(file: Path, by: int) -> None:
+    """Move the first timestamp of a log by seconds."""
+    log = parse_log(file.read_text())
+    edit(file, f"^{log.started}", str(log.started.fromtimestamp(log.started.timestamp() + by)))
+
+
+def move_clock(place: Path) -> None:
+    """Add 7 s to the clock of a run's second window, in log.txt and metrics.jsonl alike, but not to its images/s."""
+    line = load_run(place).windows[1]
+    edit(place / "log.txt", rf"^(step {line['step']}/.+images/s  )[\d.]+ s", rf"\g<1>{line['seconds'] + 7:.2f} s")
+    edit(place / "metrics.jsonl", str(line["seconds"]), str(line["seconds"] + 7))
+
+
+TAMPERED = {
+    "a source that does not hash to what the log claims":
+        (lambda r: edit_source(r / "seed-0/log.txt", "nanoPRX, faster", "nanoPRX, fastest"), "train_prx.py hashes to"),
+    "a whole source hash that is another":
+        (lambda r: edit(r / "seed-0/log.txt", r"source [0-9a-f]{12};", "source 0123456789ab;"), "and the log claims 0123456789ab"),
+    "a changed scorer": (lambda r: change_source(r, "seed", "scenes.py", "PRESENT_SHARE = 0.6", "PRESENT_SHARE = 0.1"), "ran another scenes.py"),
+    "a changed scorer of the baseline":
+        (lambda r: change_source(r, "baseline", "metrics.py", "SIGMA, SCALE = 10", "SIGMA, SCALE = 11"), "ran another metrics.py"),
+    "a wrong data hash": (lambda r: edit(r / "seed-1/log.txt", r"manifest [0-9a-f]{8}", "manifest 00000000"), "and the track's is"),
+    "other data": (lambda r: edit(r / "seed-1/log.txt", '"data": "data/tiny"', '"data": "data/mine"'), "--data=data/mine"),
+    "more data": (lambda r: edit(r / "seed-1/log.txt", r"^(data data/)tiny(, .+)$", r"\1tiny\2\n\1mine\2"), "read data/tiny, data/mine"),
+    "foreign weights": (lambda r: edit(r / "seed-1/log.txt", '"init": ""', '"init": "runs/best"'), "--init=runs/best"),
+    "another number of pictures": (lambda r: edit(r / "seed-1/log.txt", '"score_n": 4', '"score_n": 2'), "--score_n=2"),
+    "pauses of the clock": (lambda r: edit(r / "seed-1/log.txt", '"score_every": 0', '"score_every": 5'), "--score_every=5"),
+    "frozen networks of another kind": (lambda r: edit(r / "seed-1/log.txt", '"frozen": "none"', '"frozen": "pretrained"'), "--frozen=pretrained"),
+    "a teacher that the log does not name": (lambda r: edit(r / "seed-1/log.txt", '"frozen": "none"', '"frozen": "scene"'), "no scene teacher"),
+    "a smaller picture": (lambda r: edit(r / "seed-1/log.txt", '"image_size": 32', '"image_size": 16'), "ends at 16px"),
+    "a continued run": (lambda r: edit(r / "seed-0/log.txt", r"^(warmed up)", r"continuing from step 5\n\1"), "continued from a checkpoint"),
+    "two runs in one log": (lambda r: edit(r / "seed-0/log.txt", r"^(warmed up.+)$", r"\1\n\1"), "2 lines say the run's warm-up"),
+    "an unfinished run": (lambda r: edit(r / "seed-0/log.txt", r"^.+finished at step.+\n", ""), "0 lines say the run's end"),
+    "a window that is too slow for its images/s": (lambda r: move_clock(r / "seed-0"), "the clock does not add up"),
+    "a clock that metrics.jsonl does not have":
+        (lambda r: edit(r / "seed-0/log.txt", r"[\d.]+ s(  \S+ left)", r"0.01 s\1"), "metrics.jsonl and log.txt differ at step 2: seconds"),
+    "a final clock that is not the last window's":
+        (lambda r: edit(r / "seed-0/log.txt", r", [\d.]+ s on the clock", ", 0.01 s on the clock"), "the clock does not add up"),
+    "a clock longer than the wall's":
+        (lambda r: edit(r / "seed-0/log.txt", r"warmed up in [\d.]+ s", "warmed up in 500.0 s"), "the clock does not add up"),
+    "a score that metrics.jsonl does not have":
+        (lambda r: edit(r / "seed-0/log.txt", r"scenes_exact \S+", "scenes_exact 0.9876"), "differ in the last scenes_exact"),
+    "too few seeds": (lambda r: [shutil.rmtree(r / "seed-1"), shutil.rmtree(r / "baseline-1")], "1 seed, and the track takes 2"),
+    "one seed twice":
+        (lambda r: [shutil.rmtree(r / "seed-1"), shutil.copytree(r / "seed-0", r / "seed-1")], "seed-1 ran with seed 0"),
+    "chosen seeds": (lambda r: (r / "seed-1").rename(r / "seed-2"), "2 seeds take the runs seed-0 to seed-1"),
+    "another config in one seed": (lambda r: edit(r / "seed-1/log.txt", '"lr": 0.01', '"lr": 0.02'), "seed-1 has another lr"),
+    "another source in one seed":
+        (lambda r: [shutil.copy(r / "baseline-1" / file, r / "seed-1") for file in ("log.txt", "metrics.jsonl")],
+         "seed-1 has another stages, train_prx.py than seed-0"),
+    "a baseline that is not the committed one":
+        (lambda r: change_source(r, "baseline", "train_prx.py", "nanoPRX: train", "nanoPRX, slower: train"),
+         "another train_prx.py than seed-0 of the committed baseline"),
+    "no runs of the baseline": (lambda r: [shutil.rmtree(r / f"baseline-{k}") for k in range(2)], "and there are none"),
+    "runs at the same time": (lambda r: later(r / "seed-0/log.txt", -60), "runs take turns"),
+    "another machine": (lambda r: edit(r / "seed-1/log.txt", r"1 x .+, 1 threads", "1 x Fast CPU, 1 threads"), "seed-1 ran on 1 x Fast CPU"),
+    "more threads": (lambda r: edit(r / "seed-0/log.txt", "1 threads", "8 threads"), "one process on 1 CPU cores"),
+    "a claim that the logs do not give": (lambda r: edit(r / "record.json", r'"mean": [\d.]+', '"mean": 0.01', count=9), "record.json claims another"),
+    "another patch": (lambda r: edit(r / "change.patch", "faster", "fastest"), "change.patch is not the difference"),
+    "no patch": (lambda r: (r / "change.patch").unlink(), "change.patch is not the difference"),
+    "a base that is elsewhere": (lambda r: edit(r / "record.json", '"builds_on": "base"', '"builds_on": "../../base"'), "no record as builds_on"),
+    "a base that is not there": (lambda r: edit(r / "record.json", '"builds_on": "base"', '"builds_on": "gone"'), "there is no record at"),
+    "no author": (lambda r: edit(r / "record.json", '"author": "B"', '"author": ""'), "no author"),
+    "a README nobody wrote": (lambda r: (r / "README.md").write_text(rules.TO_WRITE), "README.md does not say yet"),
+    "a record.json of nothing": (lambda r: (r / "record.json").write_text("[]"), "no JSON object"),
+    "an unknown track": (lambda r: edit(r / "record.json", '"track": "demo"', '"track": "dem"'), "is of track 'dem'"),
+    "no log": (lambda r: (r / "seed-0/log.txt").unlink(), "No such file"),
+    "a log of bytes": (lambda r: (r / "seed-0/log.txt").write_bytes(b"\xff\xfe"), "can't decode"),
+}
+
+
+@pytest.mark.parametrize("what", TAMPERED)
+def test_refused_before_anything_is_executed(copy, no_training, capsys, what):
+    tamper, reason = TAMPERED[what]
+    tamper(copy)
+    status, lines = verdict(capsys, copy)
+    assert status == 1 and lines[-1].startswith("no: ") and reason in lines[-1], lines
+    assert "\n" not in lines[-1] and not any(line.startswith("yes") for line in lines)
+
+
+@pytest.mark.parametrize("target, sigma, holds", [(0.49, 0.01, True), (0.49, 0.005, True), (0.5, 0.0, True), (0.5, 0.01, False), (0.51, 0.0, False)])
+def test_the_mean_beats_the_target_by_three_standard_errors(records, target, sigma, holds):
+    """Two seeds of mean 0.5: 0.49 + 3 sigma / sqrt(2) is 0.5 at sigma = 0.00471."""
+    record = load_record(records / "entry")
+    seeds = [replace(run, metrics=[{"step": run.log.end, "scenes_exact": score}]) for run, score in zip(record.seeds, (0.25, 0.75))]
+    holds = holds and target + 3 * sigma / 2**0.5 <= 0.5
+    if holds:
+        assert "beats" in rules.check_target(replace(record, seeds=seeds, track=replace(record.track, target=target, sigma=sigma)))
+    else:
+        with pytest.raises(Refusal, match="it takes"):
+            rules.check_target(replace(record, seeds=seeds, track=replace(record.track, target=target, sigma=sigma)))
+
+
+def test_a_distance_beats_a_target_from_below(records):
+    record = load_record(records / "entry")
+    seeds = [replace(run, metrics=[{"step": run.log.end, "cmmd": 0.5}]) for run in record.seeds]
+    track = replace(record.track, metric="cmmd", target=0.52, sigma=0.005)
+    assert "beats" in rules.check_target(replace(record, seeds=seeds, track=track))
+    with pytest.raises(Refusal, match="it takes 0.4788"):
+        rules.check_target(replace(record, seeds=seeds, track=replace(track, target=0.5, sigma=0.01)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# verify: no, once it has trained again
+
+
+def without_baseline(record: Path, monkeypatch) -> None:
+    """Make of a record one of a track without a ratio: half the runs to train again."""
+    monkeypatch.setitem(TRACKS, "demo", replace(TRACKS["demo"], ratio=False))
+    for k in range(2):
+        shutil.rmtree(record / f"baseline-{k}")
+    claim = json.loads((record / "record.json").read_text())
+    del claim["ratio"], claim["baseline_seconds"]
+    (record / "record.json").write_text(json.dumps(claim))
+
+
+def test_scores_that_were_edited_everywhere_do_not_reproduce(copy, monkeypatch, capsys):
+    without_baseline(copy, monkeypatch)
+    for k in range(2):
+        place = copy / f"seed-{k}"
+        for name in ("exact", "scenes"):
+            edit(place / "log.txt", rf"scenes_{name} \S+ \+-\S+", f"scenes_{name} 0.95 +-0.02")
+            edit(place / "metrics.jsonl", rf'"scenes_{name}": [^,]+', f'"scenes_{name}": 0.95')
+            edit(place / "metrics.jsonl", rf'"scenes_{name}_error": [^,}}]+', f'"scenes_{name}_error": 0.02')
+    claim_again(copy)
+    status, lines = verdict(capsys, copy)
+    assert status == 1 and lines[-1].startswith("no: it does not reproduce: seed-0 gives scenes_exact 0.") and "0.9500 in its log" in lines[-1]
+    assert lines[-2].startswith("the re-run executes the record's code")
+
+
+def test_a_recipe_that_bends_its_clock_is_caught_by_the_stopwatch(copy, monkeypatch, capsys):
+    """Its clock runs at half speed, in every line that it logs; each of 6 steps takes 0.25 s more, so that 0.75 s are bent."""
+    without_baseline(copy, monkeypatch)
+    monkeypatch.setattr(race, "WATCH_SLACK", (0.2, 0.02))
+    change_source(copy, "seed", "train_prx.py", "import time\n", "import time as real\nfrom types import SimpleNamespace\n\n"
+                  "time = SimpleNamespace(perf_counter=lambda: real.perf_counter() / 2)\n")
+    change_source(copy, "seed", "train_prx.py", "            step += 1\n", "            step += 1\n            real.sleep(0.25)\n")
+    status, lines = verdict(capsys, copy)
+    assert status == 1 and re.search(r"no: seed-0: its clock says \d\.\d s, and a stopwatch beside it \d\.\d s", lines[-1]), lines
+
+
+def again_as_logged(monkeypatch, record: Path) -> None:
+    """Training again gives what is in the logs."""
+    monkeypatch.setattr(race, "train", lambda folder, name, *rest: record / name)
+
+
+def test_a_ratio_that_is_not_reached_again_is_refused(copy, monkeypatch):
+    again_as_logged(monkeypatch, copy)
+    record = load_record(copy)
+    ratio = record.claim["ratio"]["each"][0]
+    for claimed, holds in ((ratio, True), (ratio / 0.86, True), (ratio / 0.84, False)):
+        record.claim["ratio"]["mean"] = claimed
+        if holds:
+            assert "x as fast as the baseline" in [*race.rerun(record, 1)][-1]
+        else:
+            with pytest.raises(Refusal, match="does not reproduce"):
+                [*race.rerun(record, 1)]
+
+
+def test_a_recipe_that_logs_another_source_than_it_runs_is_refused(copy, monkeypatch):
+    again_as_logged(monkeypatch, copy)
+    record = load_record(copy)
+    change_source(copy, "seed", "train_prx.py", "faster", "fastest")
+    with pytest.raises(Refusal, match="seed-0, run again, logs another source"):
+        [*race.rerun(record, 1)]
+
+
+def test_a_recipe_that_does_not_run_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(race, "train_lines", STARTED)
+    with pytest.raises(Refusal, match="training ended with status 1: NameError: name 'missing' is not defined"):
+        race.train(tmp_path / "run", "seed-0", {"train_prx.py": "missing"}, [], 1)
+
+
+def test_training_is_held_to_its_cores_and_reported_as_it_goes(tmp_path):
+    (tmp_path / "train_prx.py").write_text("import os, sys, time\nprint(os.sched_getaffinity(0), os.environ['OMP_NUM_THREADS'], sys.argv, "
+                                           "flush=True)\ntime.sleep(0.5)\nprint('later')")
+    times = [(time.perf_counter(), line) for line in STARTED(tmp_path, ["--a=b c"], 1)]
+    assert re.fullmatch(r"\{\d+\} 1 \['train_prx.py', '--a=b c'\]", times[0][1]) and times[1][1] == "later"
+    assert times[1][0] - times[0][0] > 0.4
+
+
+def test_a_released_checkpoint_is_drawn_and_scored_again(records, monkeypatch, capsys):
+    """A track without a re-run, as `record` is, but of scenes: its runs are taken from where they were trained."""
+    slow = replace(TRACKS["demo"], reruns=False, ratio=False)
+    monkeypatch.setitem(TRACKS, "slow", slow)
+    monkeypatch.setattr(train_prx, "SOURCES", ENTRY)
+    trained = [f"runs/entry/seed-{k}/runs/seed-{k}" for k in range(2)]
+    race.main(["enter", "records/slow", "--track=slow", "--baseline", f"--runs={','.join(trained)}", "--author=C", "--summary=slowly"])
+    readme, weights = records / "slow/README.md", Path(trained[0], "ema.safetensors")
+    readme.write_text(readme.read_text().replace(rules.TO_WRITE, "Slowly."))
+    try:
+        status, lines = verdict(capsys, records / "slow")
+        assert status == 0 and lines[-1].endswith("was checked only") and "--checkpoint" in lines[-2]
+        status, lines = verdict(capsys, records / "slow", f"--checkpoint={weights}")
+        assert status == 0 and re.search(r"re-ran: .+ gives scenes_exact \d\.\d+, and \d", lines[-2]), lines
+        status, lines = verdict(capsys, records / "slow", f"--checkpoint={trained[1]}/ema.safetensors")
+        assert status == 1 and "is not the file whose sha256 record.json names" in lines[-1]
+    finally:
+        shutil.rmtree(records / "slow")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# enter
+
+
+def test_runs_take_turns_and_none_is_repeated_by_a_call_that_continues(records):
+    """The fixture's first call ended after baseline-0 and seed-0."""
+    entry = load_record(records / "entry")
+    starts = {run.name: run.log.started for run in entry.runs}
+    assert sorted(starts, key=lambda name: (starts[name], name)) == ["baseline-0", "seed-0", "baseline-1", "seed-1"]
+    assert [(run.log.end, run.log.config["name"]) for run in entry.runs] == [(6, "seed-0"), (6, "seed-1"), (10, "baseline-0"), (10, "baseline-1")]
+    assert (records / "entry/grid.png").read_bytes() == Path("runs/entry/seed-0/runs/seed-0/samples/step_000006.png").read_bytes()
+
+
+def test_the_claim_is_arithmetic_over_the_logs(records):
+    entry = load_record(records / "entry")
+    slow, fast = ([run.log.seconds for run in runs] for runs in (entry.baselines, entry.seeds))
+    assert entry.claim["seconds"]["mean"] == pytest.approx(sum(fast) / 2, abs=0.01)
+    assert entry.claim["ratio"]["mean"] == pytest.approx((slow[0] / fast[0] + slow[1] / fast[1]) / 2, abs=1e-3)
+    assert entry.claim["builds_on"] == entry.claim["baseline"] == "base" and entry.claim["teacher"] is None
+    assert load_record(records / "base").is_baseline and "ratio" not in load_record(records / "base").claim
+
+
+def test_the_patch_makes_the_entry_out_of_its_base(records, tmp_path):
+    for name, text in load_run(records / "base/seed-0").log.sources.items():
+        (tmp_path / name).write_text(text)
+    subprocess.run(["git", "apply", records / "entry/change.patch"], cwd=tmp_path, check=True)
+    assert {name: (tmp_path / name).read_text() for name in ENTRY} == ENTRY
+    added = rules.patch({"a.py": "x\n"}, {"a.py": "x\n", "b.py": "y\n"})
+    assert added == "--- /dev/null\n+++ b/b.py\n@@ -0,0 +1 @@\n+y\n"
+
+
+def test_every_preset_survives_its_way_through_a_log_as_flags():
+    for cfg in train_prx.PRESETS.values():
+        logged = json.loads(json.dumps(train_prx.config_to_json(cfg)))
+        assert train_prx.parse_config(race.flags_of(logged))[0] == cfg
+
+
+@pytest.mark.parametrize("arguments, reason", [
+    (["records/entry"], "records/entry is a finished record"),
+    (["records/new"], "the working tree's sources are those of records/entry: change train_prx.py first"),
+    (["records/new name"], "use letters, digits"),
+    (["records/new", "--track=solo"], "has no baseline of track solo yet"),
+    (["records/new", "--track=record", "--baseline"], "name them here"),
+    (["records/new", "--", "--init=runs/best"], "the working tree's recipe has --init=runs/best, and the rules say --init="),
+    (["records/new", "--", "--wdith=8"], "did you mean --width"),
+])
+def test_enter_refuses_in_one_line(records, no_training, monkeypatch, arguments, reason):
+    monkeypatch.setitem(train_prx.PRESETS, "demo", replace(train_prx.PRESETS["demo"], data="data/tiny"))
+    with pytest.raises(race.UserError) as error:
+        race.main(["enter", *arguments])
+    assert reason in str(error.value) and "\n" not in str(error.value)
+    assert not (records / "new").exists()
+
+
+def test_enter_stops_where_the_working_tree_has_changed_between_two_calls(copy, no_training, monkeypatch):
+    monkeypatch.setattr(train_prx, "SOURCES", {**ENTRY, "muon.py": "# rewritten\n"})
+    (copy / "record.json").unlink()
+    with pytest.raises(race.UserError, match="seed-0 was trained with other sources: put those back, or delete records/copy"):
+        race.main(["enter", "records/copy", "--", *FLAGS])
+
+
+def test_missing_data_and_teacher_are_made_and_other_data_is_refused(tmp_path, monkeypatch):
+    called = []
+
+    def command(script, *flags):
+        called.append([script.name, *flags])
+        Path("data/race").mkdir(parents=True, exist_ok=True)
+        Path("data/race/manifest.json").write_text("{}")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(race, "command", command)
+    track = replace(TRACKS["demo"], data={"data/race": hashlib.sha256(b"{}").hexdigest()}, level="race", rows=20_000, image_size=64)
+    race.make_data(track, teacher=True)
+    assert called == [["scenes.py", "make", "--out=data/race", "--rows=20000", "--size=64", "--level=race"],
+                      ["scenes.py", "teacher", "--data=data/race"]]
+    with pytest.raises(race.UserError, match="data/race has a manifest of sha256 44136fa355b3, and the track's has 000000000000"):
+        race.make_data(replace(track, data={"data/race": "0" * 64}), teacher=False)
+    with pytest.raises(race.UserError, match="no data at data/photos"):
+        race.make_data(replace(track, data={"data/photos": ""}, level=""), teacher=False)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# table and command line
+
+
+def test_the_table_is_written_between_its_markers_with_a_plot(records, capsys):
+    begin, end = race.MARKERS
+    for page in (Path("README.md"), records / "README.md"):
+        page.write_text(f"before\n{begin}old\n{end}after\n")
+    race.main(["table", "--write"])
+    for page, prefix in ((Path("README.md"), "records/"), (records / "README.md", "")):
+        text = page.read_text()
+        assert text.startswith(f"before\n{begin}") and text.endswith(f"{end}after\n") and "old" not in text
+        rows = [line for line in text.splitlines() if line.startswith("| 20")]
+        assert len(rows) == 2 and f"[base]({prefix}base) | A | start | 2 |" in rows[0] and "| the baseline | no |" in rows[0]
+        assert r"fewer \| steps" in rows[1] and re.search(r"\| \d\.\d\dx as fast \| no \|", rows[1])
+        assert f"({prefix}entry/seed-0/log.txt)" in rows[1] and f"({prefix}history.png)" in text
+    assert (records / "history.png").read_bytes().startswith(b"\x89PNG")
+    race.main(["table", "--write"])
+    assert Path("README.md").read_text().count("**demo**") == 1
+    (records / "README.md").write_text("no markers\n")
+    with pytest.raises(race.UserError, match="records/README.md lacks the lines"):
+        race.main(["table", "--write"])
+
+
+def test_the_pages_of_this_repository_take_the_table():
+    for page in (ROOT / "README.md", ROOT / "records/README.md"):
+        assert all(page.read_text().count(marker) == 1 for marker in race.MARKERS)
+
+
+def test_mistakes_are_one_line_and_status_2(tmp_path):
+    assert run(tmp_path, "race.py", "verify", "records/gone").error() == (
+        "error: no record at records/gone: it has no record.json, which `python race.py enter records/gone` writes")
+    assert "did you mean --rerun" in run(tmp_path, "race.py", "verify", "x", "--rerum=1").error()
+    assert "known are enter, verify, table" in run(tmp_path, "race.py", "check").error()
+    assert "python race.py enter" in run(tmp_path, "race.py", "--help").stdout
