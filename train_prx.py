@@ -206,7 +206,7 @@ PRESETS = {
     ),
 }
 # The demo track's task (records/README.md): the demo's machine and model, at scenes with textures
-PRESETS["race"] = replace(PRESETS["demo"], name="race", data="data/race", stages=(Stage(64, 2_400, 32, True),), patch=8,
+PRESETS["race"] = replace(PRESETS["demo"], name="race", data="data/race", stages=(Stage(64, 2_000, 32, True),), patch=8,
                           bottleneck=96, text_tokens=32)
 
 CHOICES = {

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from command_line import Parser, run_main  # noqa: E402
-from race import TRACKS  # noqa: E402
+from rules import TRACKS  # noqa: E402
 from shards import UserError  # noqa: E402
 
 
@@ -51,7 +51,8 @@ def parse_arm(text: str) -> Arm:
     patches = tuple(Path(word).resolve() for word in words if not word.startswith("--"))
     missing = [str(patch) for patch in patches if not patch.is_file()]
     if not name.replace("-", "").replace("_", "").isalnum() or missing:
-        raise argparse.ArgumentTypeError(f"{text!r}: " + (f"there is no {missing[0]}" if missing else "a name is of letters, digits, - and _"))
+        why = f"there is no {missing[0]}" if missing else "a name is of letters, digits, - and _"
+        raise argparse.ArgumentTypeError(f"{text!r}: {why}")
     return Arm(name, patches, tuple(word for word in words if word.startswith("--")))
 
 
@@ -60,12 +61,12 @@ def parse_seeds(text: str) -> list[int]:
 
 
 def lay_out(arm: Arm, folder: Path) -> None:
-    """The sources with the arm's patches in `folder`, beside the repository's data; raises UserError where a patch does not apply."""
+    """The sources with the arm's patches in `folder`, beside the data; raises UserError where a patch does not apply."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     for source in ROOT.glob("*.py"):
         shutil.copy(source, folder)
-    (folder / "data").symlink_to(ROOT / "data")
+    (folder / "data").symlink_to(Path("data").resolve())
     for patch in arm.patches:
         done = subprocess.run(["git", "apply", str(patch)], cwd=folder, capture_output=True, text=True,
                               env=os.environ | {"GIT_CEILING_DIRECTORIES": str(folder.parent)})
@@ -96,18 +97,16 @@ def describe(arm: Arm) -> str:
 
 
 def table(arms: list[Arm], found: dict[str, list[Outcome]], target: float) -> str:
-    """The arms in the order given as a Markdown table; +- is one standard deviation over seeds."""
-    rows = [f"| arm | changed | seeds | score at the end | seconds to {target:.0%} | seconds in all | images/s |", "| --- " * 7 + "|"]
+    """The arms in the order given, as Markdown; +- is one standard deviation over seeds."""
+    rows = [("arm", "changed", "seeds", "score at the end", f"seconds to {target:.0%}", "seconds in all", "images/s"), ("---",) * 7]
     for arm in arms:
-        outcomes = found[arm.name]
-        if not outcomes:
-            continue
-        reached = [run.to_target for run in outcomes if run.to_target is not None]
-        when = (f"{spread(reached, '.0f')}" + ("" if len(reached) == len(outcomes) else f", {len(reached)} of {len(outcomes)} seeds")
-                if reached else "not reached")
-        rows.append(f"| {arm.name} | {describe(arm)} | {len(outcomes)} | {spread([run.score for run in outcomes], '.1%')} | {when} | "
-                    f"{spread([run.seconds for run in outcomes], '.0f')} | {spread([run.rate for run in outcomes], '.0f')} |")
-    return "\n".join(rows) + "\n"
+        runs = found[arm.name]
+        reached = [run.to_target for run in runs if run.to_target is not None]
+        some = f", {len(reached)} of {len(runs)} seeds" if len(reached) < len(runs) else ""
+        rows.append((arm.name, describe(arm), str(len(runs)), spread([run.score for run in runs], ".1%"),
+                     spread(reached, ".0f") + some if reached else "not reached",
+                     spread([run.seconds for run in runs], ".0f"), spread([run.rate for run in runs], ".0f")))
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
 def plot(arms: list[Arm], found: dict[str, list[Outcome]], target: float, out: Path) -> None:
@@ -116,7 +115,7 @@ def plot(arms: list[Arm], found: dict[str, list[Outcome]], target: float, out: P
 
     figure = Figure(figsize=(7.5, 5), layout="constrained")
     panel = figure.subplots()
-    for k, arm in enumerate(arm for arm in arms if found[arm.name]):
+    for k, arm in enumerate(arms):
         runs = found[arm.name]
         colour = f"C{k % 10}"
         panel.plot([run.seconds for run in runs], [100 * run.score for run in runs], "o", color=colour, alpha=0.6)
@@ -138,16 +137,17 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--seeds", type=parse_seeds, default="0,1", help="comma list")
     parser.add_argument("--flags", default="", help="flags of every arm, such as --stages=64:600:32:1")
     parser.add_argument("--out", type=Path, default=Path("runs/ablation"), help="folder of the runs, the table and the plot")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, on a CPU; their clocks are slower than alone, all alike")
-    parser.add_argument("--score_every", type=int, default=200, help="steps between scores: times to the target are known to so many")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, on a CPU: each is slower than alone, all of them alike")
+    parser.add_argument("--score_every", type=int, default=100, help="steps between scores: to so many is a time to the target known")
     args = parser.parse_args(argv)
     track = next(track for track in TRACKS.values() if track.preset == args.preset)
+    score = track.metric
     names = [arm.name for arm in args.arms]
     if len(set(names)) < len(names) or args.jobs < 1:
         raise UserError("every arm needs a name of its own, and --jobs is 1 or more")
-    if not (ROOT / track.data).exists():
-        raise UserError(f"there is no {track.data}: `./run.sh {track.preset} --max_steps=1` makes it")
-    score = track.metric
+    for data in track.data:
+        if not Path(data).exists():
+            raise UserError(f"no data at {data}: `./run.sh {track.preset} --max_steps=1` makes it")
     for arm in args.arms:
         if any(outcome(args.out / f"{arm.name}-seed-{seed}", score, track.target) is None for seed in args.seeds):
             lay_out(arm, args.out / "sources" / arm.name)
@@ -172,7 +172,8 @@ def main(argv: list[str]) -> None:
     with tqdm(total=len(args.arms) * len(args.seeds), unit=" runs", desc="ablation") as bar, ThreadPoolExecutor(args.jobs) as pool:
         for waiting in [pool.submit(run, arm, seed) for seed in args.seeds for arm in args.arms]:
             waiting.result()
-    found = {arm.name: [outcome(args.out / f"{arm.name}-seed-{seed}", score, track.target) for seed in args.seeds] for arm in args.arms}
+    found = {arm.name: [outcome(args.out / f"{arm.name}-seed-{seed}", score, track.target) for seed in args.seeds]
+             for arm in args.arms}
     text = table(args.arms, found, track.target)
     (args.out / "table.md").write_text(text)
     plot(args.arms, found, track.target, args.out / "plot.png")
