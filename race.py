@@ -5,7 +5,7 @@
     python race.py table [--write]                                  each track's records, made from their folders
 
 A record is a folder:
-    seed-K/ baseline-K/   log.txt, metrics.jsonl: the runs; a log holds the source that ran. The baseline's, where a ratio is claimed
+    seed-K/ baseline-K/   log.txt, metrics.jsonl: the runs, those of the baseline where a ratio is claimed; a log holds its source
     record.json           the claim: what the logs give, who made it, what changed, and on which record it builds
     change.patch          the sources against those of that record; a baseline builds on none
     README.md grid.png    what changed and why; what seed 0 draws
@@ -30,8 +30,8 @@ from pathlib import Path
 
 from command_line import Parser, run_main
 from rules import (
-    CHECKS, HERE, OF_RUNS, QUIET, TO_WRITE, TRACKS, WINDOW, Record, Refusal, Run, Track, check_rules, claim_of, load_arms, load_record,
-    load_run, need, patch, ratio_text, read_json, source_hash, time_text)
+    CHECKS, HERE, OF_RUNS, QUIET, TO_WRITE, TRACKS, WINDOW, Record, Refusal, Run, Track, check_rules, claim_of, load_arms,
+    load_record, load_run, need, patch, ratio_text, read_json, source_hash, time_text)
 from shards import UserError, file_sha256
 
 WATCH_SLACK = 1.0, 0.02  # seconds and share: lines arrive late where all cores are at work
@@ -123,8 +123,8 @@ def make_data(track: Track, teacher: bool) -> None:
                     f"--level={track.level}")
         found = file_sha256(Path(folder, "manifest.json"))
         if wanted and found != wanted:
-            raise UserError(f"{folder} has a manifest of sha256 {found[:12]}, and the track's has {wanted[:12]}: move the folder away, "
-                            "and the same command makes it anew")
+            raise UserError(f"{folder} has a manifest of sha256 {found[:12]}, and the track's has {wanted[:12]}: move the folder "
+                            "away, and the same command makes it anew")
         if teacher and not Path(folder, "teacher").exists():
             command(HERE / "scenes.py", "teacher", f"--data={folder}")
 
@@ -171,7 +171,8 @@ def train_missing(folder: Path, track: Track, seeds: int, base: Record | None, b
 
     if why_not := cannot_run(track):
         raise UserError(why_not)
-    flags = [f"--preset={track.preset}", *extra, f"--score={track.scorer}", f"--score_n={track.score_n}", *(f"--{key}=0" for key in QUIET)]
+    flags = [f"--preset={track.preset}", *extra, f"--score={track.scorer}", f"--score_n={track.score_n}",
+             *(f"--{key}=0" for key in QUIET)]
     config = config_to_json(parse_config(flags)[0])
     check_rules("the working tree's recipe", config, track)
     if base and base.seeds[0].log.sources == SOURCES and not extra:
@@ -205,14 +206,16 @@ def collect(folder: Path, runs: list[Path]) -> None:
 
 
 def keep(run: Path, place: Path) -> None:
-    """Copy a run's log and metrics to `place`, which is there once they are whole; and seed 0's sheet and weights' hash beside it."""
+    """Copy a run's log and metrics to `place`, which is there once they are whole; and seed 0's sheet beside it."""
     aside = place.with_name(f".{place.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     for file in ("log.txt", "metrics.jsonl"):
         shutil.copy(run / file, aside / file)
     if place.name == "seed-0":
-        shutil.copy(max((run / "samples").glob("step_*.png")), place.with_name("grid.png"))
+        sheets = sorted((run / "samples").glob("step_*.png"))
+        need(sheets, f"{run} has no sheet of samples")
+        shutil.copy(sheets[-1], place.with_name("grid.png"))
     aside.rename(place)
 
 
@@ -223,13 +226,15 @@ def write_claim(folder: Path, args, base: Record | None, baseline: Record | None
     claim = {"track": args.track, "author": author, "summary": args.summary, "builds_on": base and base.folder.name,
              "baseline": baseline and baseline.folder.name, **claim_of(record)}
     if not record.track.reruns:
-        claim["checkpoint"] = file_sha256(Path(args.runs.split(",")[0], "ema.safetensors"))
+        weights = Path(args.runs.split(",")[0], "ema.safetensors")
+        need(weights.is_file(), f"there is no {weights}, and the record names its sha256")
+        claim["checkpoint"] = file_sha256(weights)
     if base:
         (folder / "change.patch").write_text(patch(base.seeds[0].log.sources, record.seeds[0].log.sources))
     if not (folder / "README.md").exists():
         record = replace(record, claim=claim)
         rows = {"track": args.track, "builds on": claim["builds_on"] or "nothing: a baseline", "machine": claim["machine"],
-                "steps": f"{claim['steps']:,}", f"{record.track.metric}, {len(record.seeds)} seeds": score_text(record),
+                "steps": f"{claim['steps']:,}", "seeds": len(record.seeds), record.track.metric: score_text(record),
                 "time": time_text(record), "scene teacher": teacher_text(record)}
         table = "".join(f"| {name} | {value} |\n" for name, value in rows.items())
         (folder / "README.md").write_text(f"# {folder.name}\n\n{TO_WRITE}\n\n| | |\n| --- | --- |\n{table}\n![what seed 0 draws]"
@@ -279,7 +284,8 @@ def rerun(record: Record, n: int) -> Iterator[str]:
             with tempfile.TemporaryDirectory() as folder:
                 place = train(Path(folder, "run"), run.log.config["name"], run.log.sources, flags_of(run.log.config), track.cores)
                 again = replace(load_run(place), name=f"{run.name}, run again")
-            need((again.log.sources, again.log.config) == (run.log.sources, run.log.config), f"{again.name}, logs another source or config")
+            need((again.log.sources, again.log.config) == (run.log.sources, run.log.config),
+                 f"{again.name}, logs another source or config")
             for check in OF_RUNS:
                 check(Record(record.folder, track, {}, [again], []))
             yield compare(run, again, track)
@@ -288,8 +294,9 @@ def rerun(record: Record, n: int) -> Iterator[str]:
             ratios.append(seconds[0] / seconds[1])
     if ratios:
         ratio, claimed = statistics.fmean(ratios), record.claim["ratio"]["mean"]
-        need(ratio >= RATIO_KEPT * claimed, f"it does not reproduce: {ratio:.2f}x as fast as the baseline, and {claimed:.2f}x is claimed")
-        yield f"{ratio:.2f}x as fast as the baseline, {claimed:.2f}x is claimed"
+        text = f"{ratio:.2f}x as fast as the baseline, and {claimed:.2f}x is claimed"
+        need(ratio >= RATIO_KEPT * claimed, f"it does not reproduce: {text}")
+        yield text
 
 
 def compare(run: Run, again: Run, track: Track) -> str:
@@ -302,7 +309,10 @@ def compare(run: Run, again: Run, track: Track) -> str:
 
 
 def rescore(record: Record, checkpoint: Path) -> Iterator[str]:
-    """Draw and score seed 0's released checkpoint again, with the record's sources; yields what came out. Raises Refusal or UserError."""
+    """Draw and score seed 0's released checkpoint again, with the record's sources; yields what came out.
+
+    Raises Refusal or UserError.
+    """
     from safetensors import SafetensorError, safe_open
 
     run, track = record.seeds[0], record.track
@@ -324,7 +334,8 @@ def rescore(record: Record, checkpoint: Path) -> Iterator[str]:
         command(Path(folder, "sample.py"), "score", f"--checkpoint={weights}", f"--metric={track.scorer}", f"--n={track.score_n}",
                 f"--data={','.join(track.data)}")
         scores = read_json(Path(folder, f"score_{track.scorer}.json").read_text(), "the score")
-    now, was, error = scores[track.metric.removeprefix(f"{track.scorer}_")], run.score(track.metric), run.log.scores[track.metric][1]
+    now, was = scores[track.metric.removeprefix(f"{track.scorer}_")], run.score(track.metric)
+    error = run.log.scores[track.metric][1]
     text = f"{checkpoint} gives {track.metric} {now:.4f}, and {was:.4f} +-{error} in its log"
     need(abs(now - was) <= float(error), f"it does not reproduce: {text}")
     yield text
@@ -372,9 +383,9 @@ def table(tracks: dict[str, list[Record]], prefix: str) -> str:
         rows.append(("---",) * len(rows[0]))
         for record in records:
             place, claim = f"{prefix}{record.folder.name}", record.claim
-            rows.append((claim["date"][:10], f"[{record.folder.name}]({place})", claim["author"], claim["summary"], str(len(record.seeds)),
-                         score_text(record), time_text(record).removesuffix(f", {ratio_text(record)}"), ratio_text(record),
-                         teacher_text(record), f"[log]({place}/seed-0/log.txt)"))
+            rows.append((claim["date"][:10], f"[{record.folder.name}]({place})", claim["author"], claim["summary"],
+                         str(len(record.seeds)), score_text(record), time_text(record).removesuffix(f", {ratio_text(record)}"),
+                         ratio_text(record), teacher_text(record), f"[log]({place}/seed-0/log.txt)"))
         lines = (" | ".join(cell.replace("|", "\\|") for cell in row) for row in rows)
         parts.append(f"**{name}**\n\n" + "".join(f"| {line} |\n" for line in lines))
     return "\n".join(parts) or "There is no record yet.\n"
@@ -383,6 +394,7 @@ def table(tracks: dict[str, list[Record]], prefix: str) -> str:
 def draw_history(tracks: dict[str, list[Record]], out: Path) -> None:
     """Each track's records over their dates, with standard errors over seeds: how many times as fast, or how long."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.dates import ConciseDateFormatter
     from matplotlib.figure import Figure
 
     figure = Figure((5 * len(tracks), 3.4), dpi=110, facecolor="white", layout="constrained")
@@ -397,11 +409,11 @@ def draw_history(tracks: dict[str, list[Record]], out: Path) -> None:
         for date, mean, record in zip(dates, means, records, strict=True):
             panel.annotate(record.folder.name, (date, mean), (4, 6), textcoords="offset points", fontsize=8)
         panel.set_title(f"{name}: {unit}", loc="left", fontsize=11)
+        panel.margins(x=0.3, y=0.2)
         panel.set_ylim(bottom=0)
-        panel.margins(x=0.25, y=0.2)
         panel.grid(color="0.9")
         panel.spines[["top", "right"]].set_visible(False)
-        panel.tick_params(axis="x", rotation=30)
+        panel.xaxis.set_major_formatter(ConciseDateFormatter(panel.xaxis.get_major_locator()))
     figure.savefig(out, format="png")
 
 
@@ -426,8 +438,8 @@ def write_tables() -> None:
 
 def build_parsers() -> dict[str, Parser]:
     """One parser a command."""
-    enterer = Parser(prog="race.py enter", description="Train the track's baseline and this working tree in turns, and fill a record's "
-                     "folder; what is there already is not trained again. Flags of train_prx.py come last, behind --.")
+    enterer = Parser(prog="race.py enter", description="Train the track's baseline and this working tree in turns, and fill a "
+                     "record's folder; what is there already is not trained again. Flags of train_prx.py come last, behind --.")
     enterer.add_argument("record", help="folder to fill: records/DATE-TRACK-NAME")
     enterer.add_argument("--track", choices=TRACKS, default="demo", help="the race")
     enterer.add_argument("--seeds", type=int, default=0, help="how many; 0: the least that the track takes")
@@ -435,12 +447,15 @@ def build_parsers() -> dict[str, Parser]:
     enterer.add_argument("--runs", default="", help="of track record: comma list of the trained runs, one a seed")
     enterer.add_argument("--author", default="", help="who made it; empty: git's user.name")
     enterer.add_argument("--summary", default="", help="what changed, in a few words for the table; may be written later")
-    verifier = Parser(prog="race.py verify", description="Check a record, then train it again. Exit status 0: yes; 1: no; 2: a mistake.")
+    verifier = Parser(prog="race.py verify", description="Check a record, then train it again. Exit status 0: yes; 1: no; 2: a "
+                      "mistake.")
     verifier.add_argument("record", help="a record's folder")
     verifier.add_argument("--rerun", type=int, choices=range(10), default=1, metavar="N", help="seeds to train again; 0: none")
-    verifier.add_argument("--checkpoint", type=Path, default=None, help="of track record: the released ema.safetensors, to draw and score")
+    verifier.add_argument("--checkpoint", type=Path, default=None, help="of track record: the released ema.safetensors, to "
+                          "draw and score")
     lister = Parser(prog="race.py table", description="Print each track's records.")
-    lister.add_argument("--write", action="store_true", help="write them into records/README.md and README.md, with records/history.png")
+    lister.add_argument("--write", action="store_true", help="write them into records/README.md and README.md, with "
+                        "records/history.png")
     return {"enter": enterer, "verify": verifier, "table": lister}
 
 

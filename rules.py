@@ -185,9 +185,10 @@ def parse_log(text: str) -> Log:
                for step, terms, rate, clock in (match.groups() for match in map(WINDOW.fullmatch, lines) if match)]
     last = [match[2] for match in map(SCORES.fullmatch, lines) if match and match[1] == end]
     scores = {name: (value, error) for part in last for name, value, error in re.findall(r"(\w+) (\S+) \+-(\S+)", part)}
-    return Log(sources, config, datetime.fromisoformat(started), datetime.fromisoformat(finished), versions, int(processes), hardware,
-               int(threads), dict(match.groups() for match in map(DATA.fullmatch, lines) if match), teachers[0] if teachers else None,
-               float(warmup), windows, int(end), scores, float(seconds))
+    data = dict(match.groups() for match in map(DATA.fullmatch, lines) if match)
+    return Log(sources, config, datetime.fromisoformat(started), datetime.fromisoformat(finished), versions, int(processes),
+               hardware, int(threads), data, teachers[0] if teachers else None, float(warmup), windows, int(end), scores,
+               float(seconds))
 
 
 @dataclass(frozen=True)
@@ -254,9 +255,11 @@ def load_record(folder: Path) -> Record:
 
 def load_arms(folder: Path) -> tuple[list[Run], list[Run]]:
     """The runs seed-K of a record, and its runs baseline-K, by K; raises Refusal."""
-    found = {arm: [path for path in folder.glob(f"{arm}-*") if re.fullmatch(arm + r"-\d+", path.name)] for arm in ("seed", "baseline")}
-    seeds, baselines = (sorted(paths, key=lambda path: int(path.name.partition("-")[2])) for paths in found.values())
-    return [*map(load_run, seeds)], [*map(load_run, baselines)]
+    arms = []
+    for arm in ("seed", "baseline"):
+        places = [path for path in folder.glob(f"{arm}-*") if re.fullmatch(arm + r"-\d+", path.name)]
+        arms.append([load_run(path) for path in sorted(places, key=lambda path: int(path.name.removeprefix(f"{arm}-")))])
+    return arms[0], arms[1]
 
 
 def neighbour(record: Record, role: str) -> Record:
@@ -267,7 +270,8 @@ def neighbour(record: Record, role: str) -> Record:
         other = load_record(record.folder.parent / name)
     except UserError as error:
         raise Refusal(f"record.json has {role} {name}, and there is {error}") from None
-    need(other.claim["track"] == record.claim["track"] and other.seeds, f"{name}, which record.json has as {role}, is of another track")
+    need(other.claim["track"] == record.claim["track"] and other.seeds,
+         f"{name}, which record.json has as {role}, is of another track")
     return other
 
 
@@ -280,8 +284,8 @@ def check_fixed(record: Record) -> str:
     for run in record.runs:
         for name in record.track.fixed:
             found = sha256(run.log.sources.get(name, ""))
-            need(found in (file_sha256(HERE / name), *EARLIER), f"{run.name} ran another {name} ({found[:12]}) than the repository's; "
-                 "no entry changes what is drawn, held out or scored")
+            need(found in (file_sha256(HERE / name), *EARLIER), f"{run.name} ran another {name} ({found[:12]}) than the "
+                 "repository's; no entry changes what is drawn, held out or scored")
     return f"{', '.join(record.track.fixed)}: as in the repository, or in a listed earlier version"
 
 
@@ -299,10 +303,12 @@ def check_rules(name: str, config: dict, track: Track) -> None:
         isinstance(stage.get(key), int) and stage[key] > 0 for key in ("image_size", "steps", "global_batch")) for stage in stages),
          f"{name} has a config without stages")
     folders = [part.partition(":")[0] for part in str(config.get("data")).split(",")]
-    need(sorted(folders) == sorted(track.data), f"{name} has --data={config.get('data')}, and the track's is {','.join(track.data)}")
+    need(sorted(folders) == sorted(track.data),
+         f"{name} has --data={config.get('data')}, and the track's is {','.join(track.data)}")
     size = stages[-1]["image_size"]
     need(size == track.image_size, f"{name} ends at {size}px, and {track.image_size}px are scored")
-    need(config.get("frozen") in track.frozen, f"{name} has --frozen={config.get('frozen')}, and may have {', '.join(track.frozen)}")
+    need(config.get("frozen") in track.frozen,
+         f"{name} has --frozen={config.get('frozen')}, and may have {', '.join(track.frozen)}")
     need(re.fullmatch(r"\w[\w.-]*", str(config.get("name"))), f"{name} has no plain name in its config")
     wanted = {"init": "", "max_steps": 0, "track": "none", "score": track.scorer, "score_n": track.score_n}
     for key, value in (wanted | (dict.fromkeys(QUIET, 0) if track.reruns else {})).items():
@@ -315,9 +321,10 @@ def check_data(record: Record) -> str:
         need(run.log.data.keys() == record.track.data.keys(), f"{run.name} read {', '.join(run.log.data) or 'no data'}")
         for folder, found in run.log.data.items():
             wanted = record.track.data[folder]
-            need(found == wanted or not wanted, f"{run.name} read {folder} of manifest {found[:12]}, and the track's is {wanted[:12]}")
-        need((run.log.teacher is None) == (run.log.config["frozen"] != "scene"), f"{run.name} has --frozen={run.log.config['frozen']}, "
-             f"and its log names {'a' if run.log.teacher else 'no'} scene teacher")
+            need(found == wanted or not wanted,
+                 f"{run.name} read {folder} of manifest {found[:12]}, and the track's is {wanted[:12]}")
+        need((run.log.teacher is None) == (run.log.config["frozen"] != "scene"), f"{run.name} has --frozen="
+             f"{run.log.config['frozen']}, and its log names {'a' if run.log.teacher else 'no'} scene teacher")
     return "; ".join(f"{folder}, manifest {found[:12]}" + ", which the track has not fixed yet" * (not record.track.data[folder])
                      for folder, found in record.runs[0].log.data.items())
 
@@ -361,21 +368,22 @@ def check_clock(record: Record) -> str:
     """The clock only grows, each window fits its images/s, and the wall clock has room for it."""
     for run in record.runs:
         log, ends, step, clock = run.log, stage_ends(run.log.config), 0, 0.0
+        wrong = f"{run.name}: the clock does not add up"
         for line in run.windows:
-            need(step < line["step"] <= ends[-1] and line["seconds"] > clock, f"{run.name}: the clock does not add up: it goes from "
-                 f"{clock:.2f} s at step {step} to {line['seconds']:.2f} s at step {line['step']}")
+            need(step < line["step"] <= ends[-1] and line["seconds"] > clock, f"{wrong}: it goes from {clock:.2f} s at step {step} "
+                 f"to {line['seconds']:.2f} s at step {line['step']}")
             stage = next(stage for stage, end in zip(log.config["stages"], ends) if line["step"] <= end)
             took, images = line["seconds"] - clock, (line["step"] - step) * stage["global_batch"]
             says, slack = images / max(line["images_per_second"], 1e-9), RATE_SLACK[0] + RATE_SLACK[1] * took
-            need(says - slack <= took <= says + slack + START_SLACK * (step in (0, *ends)), f"{run.name}: the clock does not add up: "
-                 f"{took:.2f} s for the {images} images before step {line['step']}, and images/s say {says:.2f} s")
+            need(says - slack <= took <= says + slack + START_SLACK * (step in (0, *ends)), f"{wrong}: {took:.2f} s for the "
+                 f"{images} images before step {line['step']}, and images/s say {says:.2f} s")
             step, clock = line["step"], line["seconds"]
         need(step == log.end == ends[-1], f"{run.name} ends at step {step} of {ends[-1]}")
-        need(clock - 0.01 <= log.seconds <= clock + END_SLACK, f"{run.name}: the clock does not add up: {clock:.2f} s in its last "
-             f"window, and {log.seconds:.2f} s at its end")
+        need(clock - 0.01 <= log.seconds <= clock + END_SLACK,
+             f"{wrong}: {clock:.2f} s in its last window, and {log.seconds:.2f} s at its end")
         wall = (log.finished - log.started).total_seconds()
-        need(log.warmup + log.seconds <= wall + WALL_SLACK, f"{run.name}: the clock does not add up: {log.warmup:.1f} s of warm-up and "
-             f"{log.seconds:.1f} s are more than the {wall:.0f} s between its timestamps")
+        need(log.warmup + log.seconds <= wall + WALL_SLACK, f"{wrong}: {log.warmup:.1f} s of warm-up and {log.seconds:.1f} s are "
+             f"more than the {wall:.0f} s between its timestamps")
     return f"the clock adds up, in {sum(len(run.windows) for run in record.runs)} windows"
 
 
@@ -396,8 +404,8 @@ def check_seeds(record: Record) -> str:
         arms["baseline"] = record.baselines, neighbour(record, "baseline").seeds[0]
     need("baseline" in arms or not record.baselines, "there are runs of a baseline, and no ratio to it is claimed")
     for arm, (runs, like) in arms.items():
-        need([run.name for run in runs] == [f"{arm}-{k}" for k in range(n)], f"{n} seeds take the runs {arm}-0 to {arm}-{n - 1}, and "
-             f"there are {', '.join(run.name for run in runs) or 'none'}")
+        need([run.name for run in runs] == [f"{arm}-{k}" for k in range(n)], f"{n} seeds take the runs {arm}-0 to {arm}-{n - 1}, "
+             f"and there are {', '.join(run.name for run in runs) or 'none'}")
         for k, run in enumerate(runs):
             need(run.log.config["seed"] == k, f"{run.name} ran with seed {run.log.config['seed']}")
             need(not (names := differences(run.log, like.log)), f"{run.name} has another {', '.join(names)} than {like.name}"
@@ -416,7 +424,8 @@ def check_turns(record: Record) -> str:
     """One run at a time, the baseline's and the entry's in turns."""
     runs = [run for pair in zip(record.baselines, record.seeds) for run in pair] or record.seeds
     for before, after in pairwise(runs):
-        need(before.log.finished <= after.log.started, f"{after.name} began before {before.name} ended: runs take turns, one at a time")
+        need(before.log.finished <= after.log.started,
+             f"{after.name} began before {before.name} ended: runs take turns, one at a time")
     return "one run at a time" + ", the baseline's and the entry's in turns" * bool(record.baselines)
 
 
@@ -427,9 +436,9 @@ def check_target(record: Record) -> str:
     if track.target is None or track.sigma is None:
         return f"mean {track.metric} {mean:.4g} of {len(scores)} seeds; the track has no target or no sigma yet"
     wanted = track.target + track.sign * 3 * track.sigma / math.sqrt(len(scores))
-    need(track.sign * (mean - wanted) >= 0, f"mean {track.metric} {mean:.4f} of {len(scores)} seeds: to beat {track.target:g} by three "
-         f"standard errors it takes {wanted:.4f}")
-    return f"mean {track.metric} {mean:.4f} of {len(scores)} seeds beats {track.target:g} by three standard errors ({wanted:.4f})"
+    text = f"mean {track.metric} {mean:.4f} of {len(scores)} seeds"
+    need(track.sign * (mean - wanted) >= 0, f"{text}: to beat {track.target:g} by three standard errors it takes {wanted:.4f}")
+    return f"{text} beats {track.target:g} by three standard errors ({wanted:.4f})"
 
 
 def check_claim(record: Record) -> str:
@@ -480,7 +489,8 @@ def patch(old: dict[str, str], new: dict[str, str]) -> str:
     parts = []
     for name in dict.fromkeys([*new, *old]):
         sides = (sources.get(name, "").splitlines(keepends=True) for sources in (old, new))
-        parts += difflib.unified_diff(*sides, f"a/{name}" if name in old else "/dev/null", f"b/{name}" if name in new else "/dev/null")
+        labels = (f"{side}/{name}" if name in sources else "/dev/null" for side, sources in (("a", old), ("b", new)))
+        parts += difflib.unified_diff(*sides, *labels)
     return "".join(parts)
 
 
