@@ -34,7 +34,7 @@ from shards import UserError
 
 T = TypeVar("T")
 
-PATIENCE = datetime.timedelta(minutes=30)  # of a collective while weights are downloaded and blocks compile
+PATIENCE = datetime.timedelta(minutes=30)  # of a collective while weights are downloaded, blocks compile and readers start
 TIMEOUT = datetime.timedelta(seconds=90)  # of a collective once steps are taken
 SILENCE = 60.0  # seconds without a sign of life until a rank counts as lost; less than TIMEOUT, whose messages say less
 PULSE = 0.5  # seconds between signs of life

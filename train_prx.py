@@ -1629,7 +1629,7 @@ def train(cfg: Config, resume: str, device: torch.device, mesh: DeviceMesh, watc
         started += time.perf_counter() - paused
         meter = Meter(["loss", *term_names(cfg, frozen, stage), "grad_norm"], mesh, device)
         windows = []  # closed, not yet reported
-        first = True  # the stage's first step compiles
+        first = True  # the stage's first step waits for its readers to start
 
         def sample(prompts: list[str], seeds: Iterable[int]) -> np.ndarray:
             """Pictures uint8 [B, H, W, 3] of the stage's size, as the run draws them."""
