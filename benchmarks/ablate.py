@@ -74,6 +74,14 @@ def lay_out(arm: Arm, folder: Path) -> None:
             raise UserError(f"arm {arm.name}: {patch} does not apply: {done.stderr.strip().splitlines()[0]}")
 
 
+def train(folder: Path, flags: list[str], threads: int) -> None:
+    """Train the sources in `folder`; raises UserError, with the last thing they say, where they fail."""
+    done = subprocess.run([sys.executable, "train_prx.py", *flags], cwd=folder, capture_output=True, text=True,
+                          env=os.environ | {"OMP_NUM_THREADS": str(threads)})
+    if done.returncode:
+        raise UserError(f"{folder.name}: {(done.stderr.strip() or 'no message').splitlines()[-1]}")
+
+
 def outcome(folder: Path, score: str, target: float) -> Outcome | None:
     """What the run in `folder` gave; None where it has not finished."""
     log = folder / "log.txt"
@@ -137,8 +145,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--seeds", type=parse_seeds, default="0,1", help="comma list")
     parser.add_argument("--flags", default="", help="flags of every arm, such as --stages=64:600:32:1")
     parser.add_argument("--out", type=Path, default=Path("runs/ablation"), help="folder of the runs, the table and the plot")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, on a CPU: each is slower than alone, all of them alike")
-    parser.add_argument("--score_every", type=int, default=100, help="steps between scores: to so many is a time to the target known")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, on a CPU: each is slower than alone, all alike")
+    parser.add_argument("--score_every", type=int, default=100, help="steps between scores: how exactly a time to the target is known")
     args = parser.parse_args(argv)
     track = next(track for track in TRACKS.values() if track.preset == args.preset)
     score = track.metric
@@ -159,11 +167,7 @@ def main(argv: list[str]) -> None:
             flags = [f"--preset={args.preset}", f"--seed={seed}", f"--name={name}", "--resume=never", "--score=scenes",
                      f"--score_n={track.score_n}", f"--score_every={args.score_every}", "--eval_every=0", "--sample_every=0",
                      "--save_every=0", *shlex.split(args.flags), *arm.flags]
-            threads = {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // args.jobs))}
-            done = subprocess.run([sys.executable, "train_prx.py", *flags], cwd=sources, capture_output=True, text=True,
-                                  env=os.environ | threads)
-            if done.returncode:
-                raise UserError(f"{arm.name}, seed {seed}: {(done.stderr.strip() or 'no message').splitlines()[-1]}")
+            train(sources, flags, max(1, len(os.sched_getaffinity(0)) // args.jobs))
             folder.mkdir(parents=True, exist_ok=True)
             for file in ("log.txt", "metrics.jsonl"):
                 shutil.copy(sources / "runs" / name / file, folder)

@@ -628,7 +628,7 @@ def test_three_ranks_agree_with_one(many, features_of, tmp_path, n, tolerance):
     assert three[0]["scores"] == three[1]["scores"] == three[2]["scores"]
     assert three[0]["calls"] == three[1]["calls"] == three[2]["calls"]
     assert one["shown"] == [n, n] and three[0]["shown"] == [4, 4]
-    assert one["scores"].keys() == three[0]["scores"].keys() and len(one["scores"]) == 8 + 3
+    assert one["scores"].keys() == three[0]["scores"].keys() and len(one["scores"]) == 9 + 3
     apart = {name: np.abs(np.subtract(score, three[0]["scores"][name])).max() for name, score in one["scores"].items()}
     print({name: f"{value:.0e} of {one['scores'][name][0]:.2g}" for name, value in apart.items()})
     assert all(value == 0 for name, value in apart.items() if name.startswith("scenes_"))
