@@ -31,7 +31,7 @@ from scenes import (
     score_scenes, token_labels)
 
 SIZE = {"demo": 32, "race": 64, "solo": 256}  # px, the presets'
-N = {"demo": 512, "race": 64, "solo": 32}    # held-out scenes that the scorer's claims are measured on
+N = {"demo": 512, "race": 256, "solo": 32}    # held-out scenes that the scorer's claims are measured on
 RELATIONS = "left of", "right of", "above", "below"
 every_level = pytest.mark.parametrize("level", LEVELS)
 
@@ -139,9 +139,10 @@ def test_captions_read_as_documented():
     orange = SceneObject("square", "orange", "small", "bottom right", "striped", dy=-0.1)
     scene = Scene("gray", (red, orange))
     assert caption(scene) == "a large red circle in the top left, a small orange square in the bottom right, on a gray background"
-    assert caption(replace(scene, level="race")) == ("a large plain red circle in the top left, a small striped orange square in "
-                                                     "the bottom right, on a gray background")
-    assert caption(replace(scene, level="solo")) == "a large plain red circle left of a small striped orange square, on a gray background"
+    assert caption(replace(scene, level="race")) == (
+        "a large plain red circle in the top left, a small striped orange square in the bottom right, on a gray background")
+    assert caption(replace(scene, level="solo")) == (
+        "a large plain red circle left of a small striped orange square, on a gray background")
     assert caption(scene, short=True) == "a red circle and an orange square"
     assert caption(Scene("gray", (red, orange, red)), short=True) == "a red circle, an orange square and a red circle"
     assert caption(Scene("gray", (orange,)), short=True) == "an orange square"
@@ -212,7 +213,8 @@ def test_covered_area_is_the_outlines_and_the_textures():
 # The scorer
 
 
-@pytest.mark.parametrize("level, size, n", [("demo", 32, 256), ("demo", 64, 64), ("race", 64, 48), ("solo", 128, 8), ("solo", 256, 24)])
+@pytest.mark.parametrize("level, size, n", [
+    ("demo", 32, 256), ("demo", 64, 64), ("race", 64, 256), ("solo", 128, 8), ("solo", 256, 24)])
 def test_true_renders_score_full_marks(level, size, n):
     for split in "train", "held_out":  # measured on 1,500 scenes of each split of solo as well, at both sizes: 1.0
         pictured = make_scenes(n, 8, split, level)
@@ -229,16 +231,16 @@ def test_pictures_without_objects_score_zero(level):
     (images, pictured), size = truth(level), SIZE[level]
     rng = np.random.default_rng(0)
     palette = np.array(list(COLOURS.values()), np.uint8)
-    row, column = np.arange(size)[:, None, None], np.arange(size)[None, :, None]
+    row, column = np.arange(size)[:, None], np.arange(size)[None]
     pictures = {
         "mean": images.mean(0),
         "confetti": rng.integers(0, 256, (size, size, 3)),
         "coarse confetti": rng.integers(0, 256, (8, 8, 3)).repeat(size // 8, 0).repeat(size // 8, 1),
         **{f"blank {name}": np.array(colour) for name, colour in (COLOURS | BACKGROUNDS).items()},
-        **{f"stripes of {width}": palette[column[..., 0] // width % 8] for width in (1, 2, 4, 8, size // 8)},
-        **{f"checks of {width}": palette[(row // width * 3 + column // width)[..., 0] % 8] for width in (2, 4, 8)},
+        **{f"stripes of {width}": palette[column // width % 8] for width in (1, 2, 4, 8, size // 8)},
+        **{f"checks of {width}": palette[(row // width * 3 + column // width) % 8] for width in (2, 4, 8)},
     }
-    asked = [scene for scene in pictured if len(scene.objects) == 4][:1 if level == "solo" else 4]
+    asked = [scene for scene in pictured if len(scene.objects) == 4][:1 if level == "solo" else 16]
     for name, picture in pictures.items():
         scores = score_scenes(np.broadcast_to(np.uint8(picture), (len(asked), size, size, 3)), asked)
         assert scores["objects"] == scores["exact"] == scores["scenes"] == 0, name
@@ -261,13 +263,17 @@ def captions_of_others(images, asked):
 
 def every_colour_at_once(images, asked):
     """Large plain objects of as many held-out pairs as there is room for: 4, or all 8."""
-    rng, level = np.random.default_rng(0), asked[0].level
-    return draw([with_objects(scene, *(SceneObject(shape, colour, "large", **spot) for (colour, shape), spot in zip(
-        rng.permutation(LEVELS[level].held_out()).tolist(), rng.permutation(SPOTS[level])))) for scene in asked]), asked
+    rng, shown = np.random.default_rng(0), []
+    for scene in asked:
+        spots, held_out = rng.permutation(SPOTS[scene.level]), rng.permutation(LEVELS[scene.level].held_out()).tolist()
+        shown.append(with_objects(scene, *(SceneObject(shape, colour, "large", **spot)
+                                           for (colour, shape), spot in zip(held_out, spots))))
+    return draw(shown), asked
 
 
 def the_first_object_everywhere(images, asked):
-    return draw([with_objects(scene, *(replace(scene.objects[0], **spot) for spot in SPOTS[scene.level])) for scene in asked]), asked
+    return draw([with_objects(scene, *(replace(scene.objects[0], **spot) for spot in SPOTS[scene.level]))
+                 for scene in asked]), asked
 
 
 def one_object_more(images, asked):
@@ -276,7 +282,8 @@ def one_object_more(images, asked):
     for scene in asked:
         colour = next(colour for colour in COLOURS if colour not in [obj.colour for obj in scene.objects])
         more = [SceneObject("circle", colour, "large", **spot) for spot in SPOTS[scene.level]]
-        shown.append(with_objects(scene, *scene.objects, next(new for new in more if all(are_apart(new, obj) for obj in scene.objects))))
+        more = next(new for new in more if all(are_apart(new, obj) for obj in scene.objects))
+        shown.append(with_objects(scene, *scene.objects, more))
     return draw(shown), asked
 
 
@@ -284,7 +291,8 @@ def every_shape_at_once(images, asked):
     """Right places, colours and sizes; the shape is the union of all."""
     shapes = [SHAPES[shape] for shape in LEVELS[asked[0].level].shapes]
     with mock.patch.dict(SHAPES, every=lambda x, y: np.minimum.reduce([shape(x, y) for shape in shapes])):
-        return draw([with_objects(scene, *(replace(obj, shape="every", texture="plain") for obj in scene.objects)) for scene in asked]), asked
+        return draw([with_objects(scene, *(replace(obj, shape="every", texture="plain") for obj in scene.objects))
+                     for scene in asked]), asked
 
 
 def the_nearest_training_picture(images, asked):
@@ -332,9 +340,9 @@ CHEATS = {  # cheat: level: (objects, exact, scenes); closed forms, but for what
     # The fit takes it for the same shape every time; a scene of n objects is then right by (1 / 4)^n
     every_shape_at_once: {"demo": (1, 1 / 4, 0.083), "race": (1, 1 / 12, 0.023), "solo": (0.97, 1 / 24, 0.011)},  # 0.97 measured
     the_nearest_training_picture: {"demo": (0.80, 0, 0), "race": (0.80, 0, 0), "solo": (0.52, 0, 0)},  # objects measured
-    half_the_contrast: {"demo": (0.83, 0.83, 0.12), "race": (0.81, 0.81, 0.14), "solo": (0.77, 0.69, 0.12)},  # all measured
-    the_average_of_two: {"demo": (0.32, 0.24, 0.01), "race": (0.38, 0.24, 0), "solo": (0.22, 0.17, 0)},       # all measured
-    a_tenth_of_noise: {"demo": (0.90, 0.90, 0.80), "race": (0.80, 0.80, 0.61), "solo": (0.98, 0.98, 0.97)},   # all measured
+    half_the_contrast: {"demo": (0.83, 0.83, 0.12), "race": (0.83, 0.83, 0.13), "solo": (0.77, 0.69, 0.12)},  # measured
+    the_average_of_two: {"demo": (0.32, 0.24, 0.01), "race": (0.35, 0.25, 0.01), "solo": (0.22, 0.17, 0)},     # measured
+    a_tenth_of_noise: {"demo": (0.90, 0.90, 0.80), "race": (0.80, 0.80, 0.61), "solo": (0.98, 0.98, 0.97)},   # measured
 }
 
 
@@ -348,18 +356,20 @@ def test_a_cheat_scores_what_it_shows(cheat, level):
         assert scores[name] == pytest.approx(expected, abs=3 * deviation + 0.01), name
 
 
-def test_a_little_noise_costs_nothing():
+def test_noise_loses_objects_and_does_not_change_them():
     images, pictured = truth("demo")
-    noisy = (images + np.random.default_rng(0).normal(0, 12.75, images.shape)).clip(0, 255).astype(np.uint8)
-    assert score_scenes(noisy, pictured)["exact"] >= 0.999  # measured: 1.00
+    for sigma, exact in (0.05, 0.999), (0.1, 0.85):  # measured: 1.00 and 0.90; below 60% explained, faint objects are absent
+        noisy = (images + np.random.default_rng(0).normal(0, 255 * sigma, images.shape)).clip(0, 255).astype(np.uint8)
+        scores = score_scenes(noisy, pictured)
+        assert scores["exact"] == scores["place"] >= exact
 
 
-@pytest.mark.parametrize("level, n", [("demo", 20), ("race", 3), ("solo", 1)])
+@pytest.mark.parametrize("level, n", [("demo", 10), ("race", 2), ("solo", 1)])
 def test_an_error_costs_its_own_attribute_only(level, n):
     rules = LEVELS[level]
     for scene in make_scenes(n, 5, "train", level):
         obj = scene.objects[0]
-        assert len(scene.objects) == 1 or level != "solo"  # else another colour costs the place of the next object too
+        assert not rules.free or len(scene.objects) == 1  # another colour costs the relation of the next object too
         for attribute, names in rules.words.items():
             for name in {*names} - {getattr(obj, attribute)}:
                 shown = with_objects(scene, replace(obj, **{attribute: name}), *scene.objects[1:])
@@ -412,7 +422,8 @@ def test_the_fit_is_least_squares():
     found = scenes.read_cells(image[None], "race")
     for cell, (row, column) in enumerate(PLACES.values()):
         x = image[row * 16:(row + 1) * 16, column * 16:(column + 1) * 16].reshape(256, 3).astype(float)
-        solved = [np.linalg.lstsq(np.stack([np.ones(256), m + n * u], axis=1), x, rcond=None) for u, n, m in zip(unit, norm, mean)]
+        solved = [np.linalg.lstsq(np.stack([np.ones(256), m + n * u], axis=1), x, rcond=None)
+                  for u, n, m in zip(unit, norm, mean)]
         residuals = [residual.sum() for _, residual, _, _ in solved]
         best = int(np.argmin(residuals))
         background, contrast = solved[best][0]
@@ -479,7 +490,7 @@ def taught(tmp_path_factory) -> tuple[Path, str]:
     """A folder with scenes of 64 rows and their teacher, and what its training said."""
     folder = tmp_path_factory.mktemp("taught")
     assert run(folder, "scenes.py", "make", "--out=scenes", "--rows=64").status == 0
-    result = run(folder, "scenes.py", "teacher", "--data=scenes", "--steps=40")
+    result = run(folder, "scenes.py", "teacher", "--data=scenes", "--steps=20")
     assert result.status == 0, result
     return folder, result.stdout
 
@@ -492,7 +503,6 @@ def test_the_teacher_learns_what_patches_show_and_transformers_opens_it(taught):
     assert model.config.model_type == "dinov2_with_registers" and model.config.hidden_size == scenes.TEACHER_DIM
     assert hashlib.sha256((folder / "scenes/teacher/model.safetensors").read_bytes()).hexdigest() in said
     right = {name: float(share) / 100 for name, share in re.findall(r"(colour|shape|size|texture) ([\d.]+)%", said)}
-    print(right)
     assert right.keys() == LEVELS["demo"].words.keys()
     assert right["colour"] > 0.5  # of 8
     assert not list((folder / "scenes").glob(".*"))
