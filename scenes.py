@@ -588,8 +588,8 @@ def main(argv: list[str]) -> None:
     from train_prx import Parser, UserError
 
     parser = Parser(prog="scenes.py", description="Make a data set of procedural captioned pictures, or its teacher.")
-    parser.add_argument("command", choices=["make", "teacher"], help="make: write training scenes to --out; teacher: train the small "
-                        "network of --frozen=scene on their labels, and write it to --data/teacher")
+    parser.add_argument("command", choices=["make", "teacher"], help="make: write training scenes to --out; teacher: train the "
+                        "small network of --frozen=scene on their labels, and write it to --data/teacher")
     parser.add_argument("--data", type=Path, help="teacher: the set of scenes that it learns from")
     parser.add_argument("--steps", type=int, default=500, help="teacher: training steps, of 64 scenes each")
     parser.add_argument("--out", type=Path, default=Path("data/scenes"), help="folder to make; must not exist")
