@@ -66,7 +66,8 @@ TRACKS = {
         target=0.90, sigma=DEMO_SIGMA, seeds=3, frozen=("none", "scene"), fixed=("scenes.py", "metrics.py"), cores=2, gpus=0,
         ratio=True, reruns=True, unit=("s", 1)),
     "solo": Track(
-        preset="solo", data={"data/solo": ""}, level="solo", rows=20_000, image_size=256, metric="scenes_exact", score_n=512,
+        preset="solo", data={"data/solo": "d85efabcaf16a958e6afab445f666932d81479a0a398990c4b4de581b53b3809"}, level="solo",
+        rows=20_000, image_size=256, metric="scenes_exact", score_n=512,
         target=0.95, sigma=None, seeds=3, frozen=("none", "scene"), fixed=("scenes.py", "metrics.py"), cores=0, gpus=1,
         ratio=False, reruns=True, unit=("min", 60)),
     # One seed, since a run costs hundreds of dollars; shards.py chooses its held-out rows
