@@ -255,7 +255,7 @@ def render(scene: Scene, size: int) -> np.ndarray:
 
 PRESENT_SHARE = 0.6    # of a cell's variance, explained by its best template; true renders 0.88 and more, noise 0.04
 PRESENT_CONTRAST = 80  # foreground to background; black to white is 441, true renders 97 and more, the mean picture 67
-COLOUR_REACH = 110     # farther than this from every named colour is no colour; no two named colours are nearer
+COLOUR_REACH = 80      # farther than this from every named colour is no colour; at half contrast half of all objects are
 SHIFTS = [0.03 * i for i in range(-4, 5)]  # of the templates, in cells: half a pixel apart at 32 px
 
 
