@@ -959,7 +959,7 @@ def scene_teacher(cfg: Config) -> str:
     """The folder of the network that `scenes.py teacher` trained, in the run's first set; raises UserError where there is none."""
     data = cfg.data.split(",")[0].partition(":")[0]
     if not Path(data, "teacher", "model.safetensors").exists():
-        raise UserError(f"--frozen=scene: {data} has no teacher; `python scenes.py teacher --data={data}` trains it in about a minute")
+        raise UserError(f"--frozen=scene: {data} has no teacher; `python scenes.py teacher --data={data}` trains it in a minute or two")
     return f"{data}/teacher"
 
 
@@ -969,11 +969,9 @@ def load_frozen(cfg: Config, device: torch.device) -> Frozen:
     if cfg.frozen == "none":
         return frozen
     dtype = torch.bfloat16 if cfg.precision == "bf16" else torch.float32
-    if cfg.frozen == "scene":  # no LPIPS: for its VGG there is no stand-in
-        dino = Dino(scene_teacher(cfg), "pretrained", dtype, device, compile=compiles(cfg, device))
-        frozen.teacher = lambda x0: dino(x0, size=(x0.shape[2] // cfg.patch * dino.patch, x0.shape[3] // cfg.patch * dino.patch))
-        frozen.pdino = lambda image: dino(image, size=(dino.image_size, dino.image_size))
-        return frozen
+    is_scene = cfg.frozen == "scene"
+    if is_scene:  # one network judges both, at its own size; for LPIPS' VGG there is no stand-in
+        cfg = replace(cfg, frozen="pretrained", repa_teacher=scene_teacher(cfg), pdino_model=scene_teacher(cfg), lpips_weight=0.0)
     if cfg.repa_weight > 0 and any(stage.repa for stage in cfg.stages):
         dino = Dino(cfg.repa_teacher, cfg.frozen, dtype, device, cfg.seed, compiles(cfg, device))
         if dino.dim != cfg.repa_dim:
@@ -981,7 +979,8 @@ def load_frozen(cfg: Config, device: torch.device) -> Frozen:
         frozen.teacher = lambda x0: dino(x0, size=(x0.shape[2] // cfg.patch * dino.patch, x0.shape[3] // cfg.patch * dino.patch))
     if cfg.pdino_weight > 0:
         pdino = Dino(cfg.pdino_model, cfg.frozen, dtype, device, cfg.seed, compiles(cfg, device))
-        frozen.pdino = lambda image: pdino(image, size=(224, 224))
+        side = pdino.image_size if is_scene else 224
+        frozen.pdino = lambda image: pdino(image, size=(side, side))
     if cfg.lpips_weight > 0:
         frozen.lpips = load_lpips(cfg, device, dtype)
     return frozen
@@ -1698,8 +1697,8 @@ def train(cfg: Config, resume: str, device: torch.device, mesh: DeviceMesh, watc
     finished = step >= end
     run.close()
     if finished:
-        log.write(f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S}  finished at step {step}, {float(progress['seconds']):.2f} s on the clock: "
-                  f"{run.path}/ema.safetensors, samples in {run.path}/samples")
+        log.write(f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S}  finished at step {step}, {float(progress['seconds']):.2f} s on the "
+                  f"clock: {run.path}/ema.safetensors, samples in {run.path}/samples")
     else:
         log.write(f"stopped by a signal at step {step} of {end}; the same command continues")
     return finished
