@@ -69,7 +69,7 @@ def lay_out(arm: Arm, folder: Path) -> None:
     (folder / "data").symlink_to(Path("data").resolve())
     for patch in arm.patches:
         done = subprocess.run(["git", "apply", str(patch)], cwd=folder, capture_output=True, text=True,
-                              env=os.environ | {"GIT_CEILING_DIRECTORIES": str(folder.parent)})
+                              env=os.environ | {"GIT_CEILING_DIRECTORIES": str(folder.parent.resolve())})
         if done.returncode:
             raise UserError(f"arm {arm.name}: {patch} does not apply: {done.stderr.strip().splitlines()[0]}")
 

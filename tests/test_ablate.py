@@ -5,6 +5,7 @@ what the logs say.
 """
 import json
 import statistics
+import subprocess
 import sys
 from pathlib import Path
 
@@ -30,6 +31,7 @@ def test_an_arm_changes_what_it_names_and_finished_runs_are_kept(tmp_path, monke
         trained.append(folder.name)
         assert run(folder, folder.resolve() / "train_prx.py", *flags).status == 0
 
+    subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)  # a clone, of which a patch must not mean the top
     assert run(tmp_path, "scenes.py", "make", "--out=data/race", "--rows=40", "--size=64", "--level=race").status == 0
     trained = []
     monkeypatch.setattr(ablate, "train", forked)
