@@ -118,22 +118,22 @@ def table(arms: list[Arm], found: dict[str, list[Outcome]], target: float) -> st
 
 
 def plot(arms: list[Arm], found: dict[str, list[Outcome]], target: float, out: Path) -> None:
-    """Final score against seconds on the clock: a point a run, a colour an arm, its name at its mean."""
+    """A row an arm: score at the end and seconds on the clock, a point a run and a bar at their mean; dots mark the target."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.5, 5), layout="constrained")
-    panel = figure.subplots()
-    for k, arm in enumerate(arms):
-        runs = found[arm.name]
-        colour = f"C{k % 10}"
-        panel.plot([run.seconds for run in runs], [100 * run.score for run in runs], "o", color=colour, alpha=0.6)
-        panel.annotate(arm.name, (statistics.mean(run.seconds for run in runs), 100 * statistics.mean(run.score for run in runs)),
-                       xytext=(6, 4), textcoords="offset points", color=colour)
-    panel.axhline(100 * target, color="0.5", linestyle=":")
-    panel.set_xlabel("seconds on the clock")
-    panel.set_ylabel("score at the end, %")
-    panel.grid(color="0.9")
-    panel.spines[["top", "right"]].set_visible(False)
+    figure = Figure(figsize=(8, 1 + 0.3 * len(arms)), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for panel, title in zip(panels, ("score at the end, %", "seconds on the clock")):
+        for row, arm in enumerate(arms):
+            values = [run.seconds if panel is panels[1] else 100 * run.score for run in found[arm.name]]
+            panel.plot(values, [row] * len(values), "o", color="#0072B2", alpha=0.6)
+            panel.plot(statistics.mean(values), row, "|", color="black", markersize=14)
+        panel.set_xlabel(title)
+        panel.grid(color="0.9")
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0].axvline(100 * target, color="0.5", linestyle=":")
+    panels[0].set_yticks(range(len(arms)), [arm.name for arm in arms])
+    panels[0].invert_yaxis()
     figure.savefig(out, dpi=110)
 
 

@@ -16,6 +16,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import ablate  # noqa: E402
 from ablate import Arm, Outcome, outcome, parse_arm, plot, spread, table  # noqa: E402
+from rules import TRACKS  # noqa: E402
 
 FLAGS = " ".join([*TINY[1:], "--stages=64:4:8:1", "--data=data/race", "--score_n=4"])
 
@@ -92,3 +93,13 @@ def test_mistakes_are_answered_with_one_line(tmp_path):
     with pytest.raises(ablate.UserError, match="arm bad: .* does not apply"):
         (tmp_path / "bad.patch").write_text("--- a/train_prx.py\n+++ b/train_prx.py\n@@ -1 +1 @@\n-nothing like it\n+x\n")
         ablate.lay_out(parse_arm(f"bad={tmp_path}/bad.patch"), tmp_path / "sources")
+
+
+def test_the_committed_table_says_what_its_logs_say():
+    folder, track = ROOT / "records/ablation", TRACKS["demo"]
+    rows = [line for line in (folder / "README.md").read_text().splitlines() if line.startswith("| ")][2:]
+    assert {row.split(" | ")[0][2:] for row in rows} == {run.name.partition("-seed-")[0] for run in folder.glob("*-seed-*")}
+    for row in rows:
+        name, _, *values = row.split(" | ")
+        runs = [outcome(run, track.metric, track.target) for run in sorted(folder.glob(f"{name[2:]}-seed-*"))]
+        assert values == table([Arm(name[2:], (), ())], {name[2:]: runs}, track.target).splitlines()[2].split(" | ")[2:]
