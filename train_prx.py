@@ -189,7 +189,7 @@ class Config:
 
 PRESETS = {
     "record": Config(chunks_at_once=2),  # on 32 GPUs 32 images of 512px: products of 4,096 rows, not 2,048
-    # One GPU, minutes. Not yet run on a GPU: the learning rates are the demo's, scaled by nothing.
+    # One GPU, minutes. Not yet run on a GPU: the learning rates are guesses, below the demo's.
     "solo": Config(
         name="solo", data="data/solo", frozen="none", stages=(Stage(256, 6_000, 256, True),), micro_batch=64,
         patch=16, bottleneck=128, width=640, depth=10, heads=10, text_encoder="builtin", text_dim=256, text_tokens=64,
@@ -206,7 +206,7 @@ PRESETS = {
     ),
 }
 # The demo track's task (records/README.md): the demo's machine and model, at scenes with textures
-PRESETS["race"] = replace(PRESETS["demo"], name="race", data="data/race", stages=(Stage(64, 2_000, 32, True),), patch=8,
+PRESETS["race"] = replace(PRESETS["demo"], name="race", data="data/race", stages=(Stage(64, 2_400, 32, True),), patch=8,
                           bottleneck=96, text_tokens=32)
 
 CHOICES = {
