@@ -8,6 +8,7 @@ import hashlib
 import json
 import re
 import shutil
+import statistics
 import subprocess
 import time
 from dataclasses import replace
@@ -187,6 +188,11 @@ def test_the_committed_records_pass_every_check(folder):
     assert all(check(record) for check in CHECKS)
 
 
+def test_the_demo_tracks_sigma_is_the_spread_of_its_baselines_seeds():
+    claim = json.loads((ROOT / "records/2026-11-22-demo-baseline/record.json").read_text())
+    assert statistics.stdev(claim["score"]["each"]) == pytest.approx(rules.DEMO_SIGMA, abs=5e-5)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # verify: no, before anything is executed
 
@@ -283,10 +289,12 @@ def test_refused_before_anything_is_executed(copy, no_training, capsys, what):
     assert "\n" not in lines[-1] and not any(line.startswith("yes") for line in lines)
 
 
-@pytest.mark.parametrize("target, sigma, holds", [(0.49, 0.0047, True), (0.49, 0.0048, False), (0.5, 0, True), (0.51, 0, False)])
-def test_the_mean_beats_the_target_by_three_standard_errors(records, target, sigma, holds):
+@pytest.mark.parametrize("name, target, sigma, holds", [
+    ("entry", 0.49, 0.0047, True), ("entry", 0.49, 0.0048, False), ("entry", 0.5, 0, True), ("entry", 0.51, 0, False),
+    ("base", 0.5, 0.01, True), ("base", 0.51, 0.01, False)])
+def test_the_mean_beats_the_target_by_three_standard_errors_and_a_baselines_meets_it(records, name, target, sigma, holds):
     """Two seeds of mean 0.5: 0.49 + 3 sigma / sqrt(2) is 0.5 at sigma = 0.00471."""
-    record = load_record(records / "entry")
+    record = load_record(records / name)
     seeds = [replace(run, metrics=[{"step": run.log.end, "scenes_exact": score}]) for run, score in zip(record.seeds, (0.25, 0.75))]
     record = replace(record, seeds=seeds, track=replace(record.track, target=target, sigma=sigma))
     if holds:
