@@ -24,6 +24,7 @@ from rules import CHECKS, TRACKS, Refusal, load_record, load_run, parse_log
 
 ENTRY = {**train_prx.SOURCES, "train_prx.py": train_prx.SOURCES["train_prx.py"].replace("nanoPRX: train", "nanoPRX, faster: train")}
 FLAGS = [*TINY[1:], "--stages=32:10:16:1", "--micro_batch=16", "--log_every=2", "--data=data/tiny"]
+DEMO = TRACKS["demo"]  # as it is published
 TRAINED = []  # the runs that were started, by name
 STARTED = race.train_lines  # which starts a Python
 
@@ -183,7 +184,8 @@ def test_what_a_track_has_not_set_yet_is_said(records, no_training, monkeypatch,
 
 
 @pytest.mark.parametrize("folder", sorted((ROOT / "records").glob("*/record.json")), ids=lambda file: file.parent.name)
-def test_the_committed_records_pass_every_check(folder):
+def test_the_committed_records_pass_every_check(folder, monkeypatch):
+    monkeypatch.setitem(TRACKS, "demo", DEMO)  # `records` makes it tiny
     record = load_record(folder.parent)
     assert all(check(record) for check in CHECKS)
 
