@@ -22,6 +22,7 @@ from typing import NamedTuple
 from shards import UserError, file_sha256
 
 HERE = Path(__file__).resolve().parent
+RECORDS = HERE / "records"
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Track:
     """One race. What is None or empty is not set yet; then it is not asked for, and `race.py verify` says so."""
 
     preset: str  # of the working tree's train_prx.py, which is the entry
+    baseline: str  # its folder in records/, the one that builds on no record; empty: the first record will be it
     data: dict[str, str]  # folder -> sha256 of its manifest
     level: str  # of the scenes in `data`, which race.py makes where they are missing; empty: pictures of other sources
     rows: int  # of them
@@ -61,18 +63,19 @@ DEMO_SIGMA = 0.0227  # standard deviation of scenes_exact between the three seed
 
 TRACKS = {
     "demo": Track(
-        preset="race", data={"data/race": "9e73ad52dde32d2b58a0cbf0967b69255a2e888a67f79916bc48f42e50202e55"}, level="race",
-        rows=20_000, image_size=64, metric="scenes_exact", score_n=512,
-        target=0.90, sigma=DEMO_SIGMA, seeds=3, frozen=("none", "scene"), fixed=("scenes.py", "metrics.py"), cores=2, gpus=0,
-        ratio=True, reruns=True, unit=("s", 1)),
+        preset="race", baseline="2026-11-22-demo-baseline",
+        data={"data/race": "9e73ad52dde32d2b58a0cbf0967b69255a2e888a67f79916bc48f42e50202e55"}, level="race", rows=20_000,
+        image_size=64, metric="scenes_exact", score_n=512, target=0.90, sigma=DEMO_SIGMA, seeds=3, frozen=("none", "scene"),
+        fixed=("scenes.py", "metrics.py"), cores=2, gpus=0, ratio=True, reruns=True, unit=("s", 1)),
     "solo": Track(
-        preset="solo", data={"data/solo": "d85efabcaf16a958e6afab445f666932d81479a0a398990c4b4de581b53b3809"}, level="solo",
-        rows=20_000, image_size=256, metric="scenes_exact", score_n=512,
-        target=0.95, sigma=None, seeds=3, frozen=("none", "scene"), fixed=("scenes.py", "metrics.py"), cores=0, gpus=1,
-        ratio=False, reruns=True, unit=("min", 60)),
+        preset="solo", baseline="",
+        data={"data/solo": "d85efabcaf16a958e6afab445f666932d81479a0a398990c4b4de581b53b3809"}, level="solo", rows=20_000,
+        image_size=256, metric="scenes_exact", score_n=512, target=0.95, sigma=None, seeds=3, frozen=("none", "scene"),
+        fixed=("scenes.py", "metrics.py"), cores=0, gpus=1, ratio=False, reruns=True, unit=("min", 60)),
     # One seed, since a run costs hundreds of dollars; shards.py chooses its held-out rows
     "record": Track(
-        preset="record", data={"data/flux_generated": "", "data/flux_reason": "", "data/midjourney": ""}, level="", rows=0,
+        preset="record", baseline="",
+        data={"data/flux_generated": "", "data/flux_reason": "", "data/midjourney": ""}, level="", rows=0,
         image_size=1024, metric="cmmd", score_n=5_000, target=None, sigma=None, seeds=1, frozen=("pretrained", "none"),
         fixed=("scenes.py", "metrics.py", "shards.py"), cores=0, gpus=0, ratio=False, reruns=False, unit=("h", 3600)),
 }
@@ -82,10 +85,12 @@ RATE_SLACK = 0.05, 0.01  # seconds and share: a window's images/s is taken a few
 START_SLACK = 10.0  # seconds: at a stage's start its readers start on the clock, and not in images/s
 END_SLACK = 1.0  # seconds: when it writes its last window, a GPU still computes what has been sent to it
 WALL_SLACK = 1.0  # seconds: timestamps are whole
+IDLE = 120.0, 0.3  # seconds and share of the clock that a run takes before and after it: set-up, and the score at its end
+PRICE = 2.0  # dollars a GPU-hour, for everyone
 DIGITS = {"score": 4, "seconds": 2, "baseline_seconds": 2, "ratio": 3}  # in record.json, after the point
 
 QUIET = ("eval_every", "sample_every", "score_every", "save_every")  # of Config; 0: only the end pauses the clock
-TOLD = ("track", "author", "summary", "builds_on", "baseline", "checkpoint")  # in record.json, and not in the logs
+TOLD = ("track", "author", "summary", "builds_on", "checkpoint")  # in record.json, and not in the logs
 TO_WRITE = "(write here what changed and why, with what each part gained)"
 
 
@@ -155,9 +160,15 @@ def source_hash(sources: dict[str, str]) -> str:
 
 
 def read_json(text: str, what: str) -> dict:
-    """A JSON object; raises Refusal."""
+    """A JSON object, of numbers that a float can hold; raises Refusal."""
+    def refuse(text: str):
+        raise ValueError(text)
+
+    def whole(digits: str) -> int:
+        return int(digits) if len(digits) < 20 else refuse(digits)
+
     with contextlib.suppress(ValueError, RecursionError):
-        if isinstance(values := json.loads(text), dict):
+        if isinstance(values := json.loads(text, parse_constant=refuse, parse_int=whole), dict):
             return values
     raise Refusal(f"{what} holds what is no JSON object")
 
@@ -264,17 +275,24 @@ def load_arms(folder: Path) -> tuple[list[Run], list[Run]]:
     return arms[0], arms[1]
 
 
-def neighbour(record: Record, role: str) -> Record:
-    """The record that the claim names as its `role`, beside this one; raises Refusal."""
-    name = record.claim.get(role)
-    need(isinstance(name, str) and re.fullmatch(r"[\w.-]+", name), f"record.json names no record as {role}")
+def base_of(record: Record) -> Record:
+    """The earlier record that this one builds on, beside it; raises Refusal."""
+    name = record.claim["builds_on"]
+    need(isinstance(name, str) and re.fullmatch(r"[\w.-]+", name), "record.json names no record as builds_on")
     try:
         other = load_record(record.folder.parent / name)
     except UserError as error:
-        raise Refusal(f"record.json has {role} {name}, and there is {error}") from None
-    need(other.claim["track"] == record.claim["track"] and other.seeds,
-         f"{name}, which record.json has as {role}, is of another track")
+        raise Refusal(f"record.json has builds_on {name}, and there is {error}") from None
+    need(other.claim["track"] == record.claim["track"] and other.seeds, f"{name}, on which it builds, is of another track")
+    need(other.seeds[0].log.started < record.seeds[0].log.started, f"{name}, on which it builds, is no earlier record")
     return other
+
+
+def baseline_of(track: Track) -> Record:
+    """The committed baseline; raises UserError where the track has none, Refusal where it is damaged."""
+    if not track.baseline:
+        raise UserError(f"the track of preset {track.preset} has no baseline yet, against which its times are ratios")
+    return load_record(RECORDS / track.baseline)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -355,6 +373,9 @@ def check_metrics(record: Record) -> str:
             need(line.get("step") == window.step and not wrong,
                  f"{run.name}: metrics.jsonl and log.txt differ at step {window.step}: {', '.join(wrong)}")
         need(record.track.metric in run.log.scores, f"{run.name}/log.txt has no {record.track.metric} after the last step")
+        score = run.score(record.track.metric)
+        need(math.isfinite(score) and (record.track.scorer != "scenes" or 0 <= score <= 1),
+             f"{run.name}: {record.track.metric} cannot be {score}")
         for name, (value, error) in run.log.scores.items():
             need(f"{run.score(name):.4g}" == value and f"{run.score(name + '_error'):.2g}" == error,
                  f"{run.name}: metrics.jsonl and log.txt differ in the last {name}")
@@ -386,6 +407,9 @@ def check_clock(record: Record) -> str:
         wall = (log.finished - log.started).total_seconds()
         need(log.warmup + log.seconds <= wall + WALL_SLACK, f"{wrong}: {log.warmup:.1f} s of warm-up and {log.seconds:.1f} s are "
              f"more than the {wall:.0f} s between its timestamps")
+        idle = IDLE[0] + IDLE[1] * log.seconds
+        need(not record.track.reruns or wall - log.warmup - log.seconds <= idle, f"{wrong}: of the {wall:.0f} s between its "
+             f"timestamps {log.warmup:.1f} s are warm-up, {log.seconds:.1f} s are on the clock, and the rest is over {idle:.0f} s")
     return f"the clock adds up, in {sum(len(run.windows) for run in record.runs)} windows"
 
 
@@ -403,22 +427,22 @@ def check_seeds(record: Record) -> str:
     n, arms = len(record.seeds), {"seed": (record.seeds, record.seeds[0])}
     need(n >= record.track.seeds, f"{n} seed{'s' * (n > 1)}, and the track takes {record.track.seeds}")
     if record.track.ratio and not record.is_baseline:
-        arms["baseline"] = record.baselines, neighbour(record, "baseline").seeds[0]
+        arms["baseline"] = record.baselines, baseline_of(record.track).seeds[0]
     need("baseline" in arms or not record.baselines, "there are runs of a baseline, and no ratio to it is claimed")
     for arm, (runs, like) in arms.items():
         need([run.name for run in runs] == [f"{arm}-{k}" for k in range(n)], f"{n} seeds take the runs {arm}-0 to {arm}-{n - 1}, "
              f"and there are {', '.join(run.name for run in runs) or 'none'}")
         for k, run in enumerate(runs):
             need(run.log.config["seed"] == k, f"{run.name} ran with seed {run.log.config['seed']}")
-            need(not (names := differences(run.log, like.log)), f"{run.name} has another {', '.join(names)} than {like.name}"
+            names = differences(run.log.sources | run.log.config, like.log.sources | like.log.config)
+            need(not names, f"{run.name} has another {', '.join(names)} than {like.name}"
                  + " of the committed baseline" * (arm == "baseline"))
             need(run.log.teacher == runs[0].log.teacher, f"{run.name} has another scene teacher than {runs[0].name}")
     return f"seeds 0 to {n - 1}, of one source and config" + "; the baseline's are the committed ones" * len(record.baselines[:1])
 
 
-def differences(log: Log, other: Log) -> list[str]:
-    """The sources and the fields of the config in which two logs differ, but for seed and name."""
-    ours, theirs = log.sources | log.config, other.sources | other.config
+def differences(ours: dict, theirs: dict) -> list[str]:
+    """The sources, or fields of a config, in which two runs differ, but for seed and name."""
     return sorted(key for key in (ours.keys() | theirs.keys()) - {"seed", "name"} if ours.get(key) != theirs.get(key))
 
 
@@ -435,13 +459,13 @@ def check_target(record: Record) -> str:
     """The mean over seeds beats the target by three standard errors; a baseline's meets it."""
     track, scores = record.track, [run.score(record.track.metric) for run in record.seeds]
     mean = statistics.fmean(scores)
-    if track.target is None or track.sigma is None:
-        return f"mean {track.metric} {mean:.4g} of {len(scores)} seeds; the track has no target or no sigma yet"
-    margin = 0 if record.is_baseline else 3 * track.sigma / math.sqrt(len(scores))
-    wanted, how = track.target + track.sign * margin, " by three standard errors" * (margin > 0)
     text = f"mean {track.metric} {mean:.4f} of {len(scores)} seeds"
+    if track.target is None:
+        return f"{text}; the track has no target yet"
+    margin = 0 if record.is_baseline else 3 * (track.sigma or 0) / math.sqrt(len(scores))
+    wanted, how = track.target + track.sign * margin, " by three standard errors" * (margin > 0)
     need(track.sign * (mean - wanted) >= 0, f"{text}: to beat {track.target:g}{how} it takes {wanted:.4f}")
-    return f"{text} beats {track.target:g}{how} ({wanted:.4f})"
+    return f"{text} beats {track.target:g}{how} ({wanted:.4f})" + "; the track has no sigma yet" * (track.sigma is None)
 
 
 def check_claim(record: Record) -> str:
@@ -467,7 +491,7 @@ def claim_of(record: Record) -> dict:
 def time_text(record: Record) -> str:
     """The mean time in the track's unit; what it cost where GPUs are rented by the hour; the ratio where there is one."""
     (unit, seconds), mean, log = record.track.unit, record.claim["seconds"]["mean"], record.seeds[0].log
-    cost = "" if record.track.reruns else f", ${mean / 3600 * log.processes * log.config.get('price', 0):,.0f}"
+    cost = "" if record.track.reruns else f", ${mean / 3600 * log.processes * PRICE:,.0f}"
     return f"{mean / seconds:.4g} {unit}{cost}" + (f", {ratio_text(record)}" if "ratio" in record.claim else "")
 
 
@@ -476,15 +500,18 @@ def ratio_text(record: Record) -> str:
 
 
 def check_patch(record: Record) -> str:
-    """change.patch is the difference to the record that this one builds on."""
-    file = record.folder / "change.patch"
+    """change.patch is the difference to the record that this one builds on; only the track's baseline builds on none."""
+    file, baseline, ours = record.folder / "change.patch", record.track.baseline, record.seeds[0].log
     if record.is_baseline:
         need(not file.exists(), "record.json names no record that it builds on, and there is a change.patch")
+        need(baseline in ("", record.folder.name), f"it builds on no record, and of this track only {baseline} does")
         return "a baseline, which builds on no record"
-    base = neighbour(record, "builds_on")
-    need(file.is_file() and file.read_text(errors="replace") == patch(base.seeds[0].log.sources, record.seeds[0].log.sources),
+    base = base_of(record)
+    theirs = base.seeds[0].log
+    need(file.is_file() and file.read_text(errors="replace") == patch(theirs.sources, ours.sources),
          f"change.patch is not the difference between the sources of {base.folder.name} and these")
-    return f"change.patch is the difference to {base.folder.name}"
+    names = differences(ours.config, theirs.config)
+    return f"change.patch is the difference to {base.folder.name}; the configs differ in {', '.join(names) or 'nothing'}"
 
 
 def patch(old: dict[str, str], new: dict[str, str]) -> str:
@@ -498,10 +525,12 @@ def patch(old: dict[str, str], new: dict[str, str]) -> str:
 
 
 def check_described(record: Record) -> str:
-    """Somebody says what changed."""
+    """Somebody says what changed, and shows what it draws."""
     for key in ("author", "summary"):
-        need(str(record.claim.get(key) or "").strip(), f"record.json has no {key} yet: write it there")
+        text = record.claim.get(key)
+        need(isinstance(text, str) and text.strip() and text.isprintable(), f"record.json has no {key} of one line: write it there")
     readme = record.folder / "README.md"
+    need((record.folder / "grid.png").is_file(), "there is no grid.png, what seed 0 draws")
     need(readme.is_file() and TO_WRITE not in readme.read_text(errors="replace"), "README.md does not say yet what changed and why")
     return "README.md says what changed"
 

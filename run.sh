@@ -8,6 +8,7 @@
 #   ./run.sh plan [flags]       what a run would take: hours, dollars, memory, disk, and what is missing; writes nothing
 #   ./run.sh enter records/NAME [--track=demo] [-- flags]   train the baseline and this working tree in turns: a record
 #   ./run.sh verify records/NAME [--rerun=3]               check a record's logs, then train it again: yes or no
+#   ./run.sh table [--write]    each track's records; into README.md and records/README.md
 #   ./run.sh --preset=record --name=try1 ...          train_prx.py on all GPUs of this node
 #   NNODES=4 NODE_RANK=k MASTER_ADDR=host ./run.sh    the same on each of 4 nodes;   srun ./run.sh under SLURM
 #   RESTARTS=3 ./run.sh         start again after a failure; NPROC_PER_NODE=2: so many processes, where there is no GPU
@@ -19,7 +20,7 @@ cd "$(dirname "$0")"
 export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-1000}
 export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR}  # else stack traces wherever a store ends before its clients
 
-usage() { sed -n '2,13s/^# \{0,1\}//p' run.sh; }
+usage() { sed -n '2,14s/^# \{0,1\}//p' run.sh; }
 fail() { echo "error: $*" >&2; exit 2; }
 
 # Whether a Python has every requirement of the given files.
@@ -150,10 +151,10 @@ case $command in
     plan)
         set_up requirements.txt
         "$PYTHON" benchmarks/plan.py "${@:2}" ;;
-    enter | verify) set_up requirements.txt; supervise "$PYTHON" race.py "$@" ;;  # they make missing data themselves
+    enter | verify | table) set_up requirements.txt; supervise "$PYTHON" race.py "$@" ;;  # they make missing data themselves
     demo) set_up requirements.txt; scenes demo 32 200 "${@:2}" ;;
     race) set_up requirements.txt; scenes race 64 200 "${@:2}" ;;
     solo) set_up requirements.txt; scenes solo 256 1000 "${@:2}" ;;
     --*) set_up requirements.txt; train "$@" ;;
-    *) fail "unknown command $command; known are demo, race, solo, enter, verify, bench, plan, test and any flag of train_prx.py (./run.sh --help)" ;;
+    *) fail "unknown command $command; known are demo, race, solo, enter, verify, table, bench, plan, test and any flag of train_prx.py (./run.sh --help)" ;;
 esac

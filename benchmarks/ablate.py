@@ -5,7 +5,7 @@
 An arm is a name, "=", and what it changes: flags of train_prx.py and patches of the source, separated by spaces; `base`
 changes nothing. Runs are made seed by seed, so that a slow spell of the machine meets all arms, and --jobs at a time, each
 with its share of the cores. Started again, the same command makes only what is missing. A folder --out holds for each run
-log.txt and metrics.jsonl, and table.md and plot.png for all of them.
+log.txt, metrics.jsonl and made_by.json, its flags and the hash of its sources; and table.md and plot.png for all of them.
 """
 import argparse
 import json
@@ -15,7 +15,7 @@ import shutil
 import statistics
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from command_line import Parser, run_main  # noqa: E402
-from rules import TRACKS  # noqa: E402
+from rules import TRACKS, sha256  # noqa: E402
 from shards import UserError  # noqa: E402
 
 
@@ -60,8 +60,8 @@ def parse_seeds(text: str) -> list[int]:
     return [int(seed) for seed in text.split(",")]
 
 
-def lay_out(arm: Arm, folder: Path) -> None:
-    """The sources with the arm's patches in `folder`, beside the data; raises UserError where a patch does not apply."""
+def lay_out(arm: Arm, folder: Path) -> str:
+    """Put the sources with the arm's patches into `folder`, beside the data; their hash. Raises UserError where a patch fails."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     for source in ROOT.glob("*.py"):
@@ -72,6 +72,7 @@ def lay_out(arm: Arm, folder: Path) -> None:
                               env=os.environ | {"GIT_CEILING_DIRECTORIES": str(folder.parent.resolve())})
         if done.returncode:
             raise UserError(f"arm {arm.name}: {patch} does not apply: {done.stderr.strip().splitlines()[0]}")
+    return sha256("".join(source.read_text() for source in sorted(folder.glob("*.py"))))
 
 
 def train(folder: Path, flags: list[str], threads: int) -> None:
@@ -143,7 +144,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--preset", default="race", choices=[track.preset for track in TRACKS.values() if track.preset != "record"],
                         help="what the arms change")
     parser.add_argument("--seeds", type=parse_seeds, default="0,1", help="comma list")
-    parser.add_argument("--flags", default="", help="flags of every arm, such as --stages=64:600:32:1")
+    parser.add_argument("--flags", type=shlex.split, default=[], help="flags of every arm, such as --stages=64:600:32:1")
     parser.add_argument("--out", type=Path, default=Path("runs/ablation"), help="folder of the runs, the table and the plot")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, on a CPU: each is slower than alone, all alike")
     parser.add_argument("--score_every", type=int, default=100, help="steps between scores: how exactly a time to the target is known")
@@ -156,26 +157,35 @@ def main(argv: list[str]) -> None:
     for data in track.data:
         if not Path(data).exists():
             raise UserError(f"no data at {data}: `./run.sh {track.preset} --max_steps=1` makes it")
-    for arm in args.arms:
-        if any(outcome(args.out / f"{arm.name}-seed-{seed}", score, track.target) is None for seed in args.seeds):
-            lay_out(arm, args.out / "sources" / arm.name)
+    common = [f"--preset={args.preset}", "--resume=never", "--score=scenes", f"--score_n={track.score_n}",
+              f"--score_every={args.score_every}", "--eval_every=0", "--sample_every=0", "--save_every=0", *args.flags]
+    sources = {arm: lay_out(arm, args.out / "sources" / arm.name) for arm in args.arms}
+    todo = []
+    for seed in args.seeds:
+        for arm in args.arms:
+            folder = args.out / f"{arm.name}-seed-{seed}"
+            made_by = json.dumps({"flags": [*common, *arm.flags], "sources": sources[arm]}, indent=2) + "\n"
+            if outcome(folder, score, track.target) is None:
+                todo.append((arm, seed, folder, made_by))
+            elif not (folder / "made_by.json").exists() or (folder / "made_by.json").read_text() != made_by:
+                raise UserError(f"{folder} was made with other flags or sources: put those back, delete it, or name another --out")
 
-    def run(arm: Arm, seed: int) -> None:
-        folder, sources = args.out / f"{arm.name}-seed-{seed}", args.out / "sources" / arm.name
-        if outcome(folder, score, track.target) is None:
-            name = f"seed-{seed}"
-            flags = [f"--preset={args.preset}", f"--seed={seed}", f"--name={name}", "--resume=never", "--score=scenes",
-                     f"--score_n={track.score_n}", f"--score_every={args.score_every}", "--eval_every=0", "--sample_every=0",
-                     "--save_every=0", *shlex.split(args.flags), *arm.flags]
-            train(sources, flags, max(1, len(os.sched_getaffinity(0)) // args.jobs))
-            folder.mkdir(parents=True, exist_ok=True)
-            for file in ("log.txt", "metrics.jsonl"):
-                shutil.copy(sources / "runs" / name / file, folder)
-        bar.update()
+    def run(arm: Arm, seed: int, folder: Path, made_by: str) -> None:
+        laid_out, name = args.out / "sources" / arm.name, f"seed-{seed}"
+        flags = [*common, *arm.flags, f"--seed={seed}", f"--name={name}"]
+        train(laid_out, flags, max(1, len(os.sched_getaffinity(0)) // args.jobs))
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "made_by.json").write_text(made_by)
+        for file in ("metrics.jsonl", "log.txt"):
+            shutil.copy(laid_out / "runs" / name / file, folder)
 
-    with tqdm(total=len(args.arms) * len(args.seeds), unit=" runs", desc="ablation") as bar, ThreadPoolExecutor(args.jobs) as pool:
-        for waiting in [pool.submit(run, arm, seed) for seed in args.seeds for arm in args.arms]:
-            waiting.result()
+    with ThreadPoolExecutor(args.jobs) as pool:
+        try:
+            for done in tqdm(as_completed([pool.submit(run, *each) for each in todo]), "ablation", len(todo), unit=" runs"):
+                done.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)  # what has begun ends; nothing else begins
+            raise
     found = {arm.name: [outcome(args.out / f"{arm.name}-seed-{seed}", score, track.target) for seed in args.seeds]
              for arm in args.arms}
     text = table(args.arms, found, track.target)

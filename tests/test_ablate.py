@@ -7,6 +7,7 @@ import json
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,26 @@ def test_an_arm_changes_what_it_names_and_finished_runs_are_kept(tmp_path, monke
     assert trained[4:] == ["base"] and (out / "base-seed-0/log.txt").stat().st_mtime_ns == kept
     assert log_of(out / "base-seed-1") == configs["base-1"] and (out / "table.md").read_text().count("not reached") == 2
 
+    for changed in ([*command[:-1], f"contrast={lever} --lr=7e-3"], [*command, "--score_every=1"]):
+        with pytest.raises(ablate.UserError, match="-seed-0 was made with other flags or sources"):
+            ablate.main(changed)
+    assert len(trained) == 5 and (out / "base-seed-0/log.txt").stat().st_mtime_ns == kept
+
+
+def test_the_first_arm_that_fails_ends_the_ablation(tmp_path, monkeypatch):
+    def fails(folder: Path, flags: list[str], threads: int) -> None:
+        trained.append(folder.name)
+        time.sleep(0.1)
+        raise ablate.UserError(f"{folder.name}: it fails")
+
+    trained = []
+    (tmp_path / "data/race").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ablate, "train", fails)
+    with pytest.raises(ablate.UserError, match="a: it fails"):
+        ablate.main(["--seeds=0,1,2,3", "a", "b", "c"])
+    assert len(trained) < 12, "of 12 runs, those that had begun"
+
 
 def test_the_target_is_met_at_the_first_score_that_reaches_it(tmp_path):
     lines = [{"step": 10, "seconds": 3.0, "images_per_second": 100.0}, {"step": 10, "seconds": 3.0, "scenes_exact": 0.5},
@@ -87,7 +108,8 @@ def test_the_table_has_means_and_standard_deviations_over_seeds(tmp_path):
 def test_mistakes_are_answered_with_one_line(tmp_path):
     for flags, words in ((["base", "base"], ["a name of its own"]), (["x=no/such.patch"], ["there is no", "such.patch"]),
                          (["a b=--drop=0"], ["letters, digits"]), (["base"], ["no data at data/race", "./run.sh race"]),
-                         (["base", "--preset=demo"], ["--preset", "race"])):
+                         (["base", "--preset=demo"], ["--preset", "race"]),
+                         (["base", "--flags=--name='x"], ["--flags", "invalid"]), (["a='x"], ["a='x", "invalid"])):
         message = run(tmp_path, "benchmarks/ablate.py", *flags).error()
         assert all(word in message for word in words), message
     with pytest.raises(ablate.UserError, match="arm bad: .* does not apply"):
