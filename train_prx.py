@@ -207,8 +207,8 @@ PRESETS = {
 }
 # Track demo's record (records/README.md), on scenes with textures; what most of its settings gain is in records/ablation
 PRESETS["race"] = replace(
-    PRESETS["demo"], name="race", data="data/race", stages=(Stage(64, 850, 64, True),), micro_batch=64, patch=16, bottleneck=192,
-    text_tokens=32, drop=0.0, lr=2e-2, adam_lr=6e-3, t_power=0.5, warmup=25, ema=0.8)
+    PRESETS["demo"], name="race", data="data/race", stages=(Stage(64, 525, 64, True),), micro_batch=64, patch=16, bottleneck=192,
+    heads=8, text_tokens=32, drop=0.0, lr=2e-2, adam_lr=6e-3, momentum=0.9, t_power=0.5, warmup=25, ema=0.8, scale=2.5)
 
 CHOICES = {
     "frozen": ("pretrained", "scene", "random", "none"), "device": ("auto", "cpu", "cuda"), "precision": ("bf16", "fp32"),
