@@ -117,8 +117,9 @@ def test_mistakes_are_answered_with_one_line(tmp_path):
         ablate.lay_out(parse_arm(f"bad={tmp_path}/bad.patch"), tmp_path / "sources")
 
 
-def test_the_committed_table_says_what_its_logs_say():
-    folder, track = ROOT / "records/ablation", TRACKS["demo"]
+@pytest.mark.parametrize("folder", [ROOT / "records/ablation", *ROOT.glob("records/*/tried")], ids=lambda path: path.parent.name)
+def test_the_committed_tables_say_what_their_logs_say(folder):
+    track = TRACKS["demo"]
     rows = [line for line in (folder / "README.md").read_text().splitlines() if line.startswith("| ")][2:]
     assert {row.split(" | ")[0][2:] for row in rows} == {run.name.partition("-seed-")[0] for run in folder.glob("*-seed-*")}
     for row in rows:
