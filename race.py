@@ -451,7 +451,7 @@ def draw_history(tracks: dict[str, list[Record]], out: Path) -> None:
         dates, means = [record.seeds[0].log.started for record in records], [*map(statistics.fmean, values)]
         panel.errorbar(dates, means, [*map(standard_error, values)], color="#0072B2", marker="o", capsize=3)
         for date, mean, record in zip(dates, means, records, strict=True):
-            last = record is records[-1] is not records[0]  # names stay in the panel, off lines that rise in ratios and fall in times
+            last = record is records[-1] is not records[0]  # names stay in the panel, off lines that rise (ratios) and fall (times)
             panel.annotate(record.folder.name, (date, mean), (-4, 8) if last else (5, -11 if track.ratio else 6), fontsize=8,
                            textcoords="offset points", ha="right" if last else "left")
         panel.set_title(f"{name}: {unit}", loc="left", fontsize=11)
