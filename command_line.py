@@ -2,8 +2,10 @@
 import argparse
 import difflib
 import errno
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable
 
 from shards import UserError
@@ -34,12 +36,29 @@ class Parser(argparse.ArgumentParser):
         return parsed
 
 
+LIBRARIES = ("datasets", "diffusers", "huggingface_hub", "lpips", "matplotlib", "torch", "torchvision", "transformers")
+
+
+def hush_libraries() -> None:
+    """Leave out what libraries say about functions that they themselves will drop, which a user can do nothing about.
+
+    Only where it arises in their own modules: what is said of a line of ours is for us to mend, and stays.
+    """
+    for category in (FutureWarning, DeprecationWarning, PendingDeprecationWarning):
+        warnings.filterwarnings("ignore", category=category, module=rf"({'|'.join(LIBRARIES)})(\.|$)")
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # of where its cache lies, without a home
+
+
 def run_main(main: Callable[[list[str]], None], every_rank: bool = False) -> None:
     """Run `main(argv)`; a UserError becomes one line, on rank 0 or on every rank, and exit status 2, not a traceback."""
+    hush_libraries()
     try:
         main(sys.argv[1:])
+    except BrokenPipeError:  # whoever read what is printed has left, such as `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except UserError as error:
-        if every_rank or os.environ.get("RANK", "0") == "0":
+        if every_rank or os.environ.get("RANK", "0") == "0" or "MASTER_ADDR" not in os.environ:
             print("error:", *str(error).splitlines(), file=sys.stderr)
         sys.exit(2)
     except OSError as error:

@@ -36,6 +36,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import scenes
+from muon import all_gather
 from shards import HELD_OUT, DamagedImage, RowSet, UserError, file_sha256, folder_revision
 from weights import load_pretrained
 
@@ -233,7 +234,7 @@ def gather_rows(x: Tensor, n: int) -> Tensor:
     """The rows [k, ...] of all ranks' shares, in order: [n, ...] on every rank. Collective."""
     if dist.is_initialized():
         whole = x.new_empty(dist.get_world_size() * len(x), *x.shape[1:])
-        dist.all_gather_into_tensor(whole, x.contiguous())
+        all_gather(whole, x.contiguous())
         x = whole
     return x[:n]
 

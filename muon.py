@@ -91,18 +91,29 @@ def exchange(send: list[list[Tensor]], shapes: list[list[tuple[int, int]]], like
 
     Returns a function that waits for them and returns them.
     """
-    buffer = torch.cat([like.new_empty(0), *(matrix.flatten() for matrices in send for matrix in matrices)])
+    me = dist.get_rank(group)
     sizes = [[m * n for m, n in of_rank] for of_rank in shapes]
+    # A rank with no rows or no matrix of its own sends itself a number: torch 2.14 refuses a buffer that is empty
+    send = [matrices if rank != me else [*matrices, like.new_zeros(1)] for rank, matrices in enumerate(send)]
+    sizes[me] = [*sizes[me], 1]
+    buffer = torch.cat([matrix.flatten() for matrices in send for matrix in matrices])
     received = like.new_empty(sum(map(sum, sizes)))
     work = dist.all_to_all_single(received, buffer, [sum(of_rank) for of_rank in sizes],
                                   [sum(matrix.numel() for matrix in matrices) for matrices in send], group, async_op=True)
 
     def arrived() -> list[list[Tensor]]:
         work.wait()
-        pieces = iter(received.split([size for of_rank in sizes for size in of_rank]))
-        return [[next(pieces).view(shape) for shape in of_rank] for of_rank in shapes]
+        of_ranks = received.split([sum(of_rank) for of_rank in sizes])
+        return [[piece.view(shape) for piece, shape in zip(of_rank.split(lengths), wanted)]
+                for of_rank, lengths, wanted in zip(of_ranks, sizes, shapes)]
 
     return arrived
+
+
+def all_gather(whole: Tensor, part: Tensor, group: dist.ProcessGroup | None = None) -> None:
+    """Fill `whole` with the parts of all ranks, which are equally large, one after the other."""
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name until torch 2.14
+    gather(whole, part, group)
 
 
 class Owners:
@@ -169,7 +180,7 @@ class Owners:
         longest = max(map(sum, sizes))  # an all-gather takes equally much from each
         mine = torch.cat([updates[0].new_empty(0), *(updates[i].flatten() for i in matrices[self.replica])])
         gathered = mine.new_empty(self.replicas * longest)
-        dist.all_gather_into_tensor(gathered, F.pad(mine, (0, longest - len(mine))), self.across)
+        all_gather(gathered, F.pad(mine, (0, longest - len(mine))), self.across)
         for row, of_replica, parts in zip(gathered.view(self.replicas, longest), matrices, sizes):
             for i, rows in zip(of_replica, row[: sum(parts)].split(parts)):
                 updates[i] = rows.view(self.part(i, self.shard))

@@ -54,7 +54,7 @@ def join(use_cuda: bool) -> tuple[torch.device, DeviceMesh]:
 
     Raises UserError where nodes have started different numbers of ranks.
     """
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    rank, world = rank_and_world()
     per_node = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     if world % per_node:
         raise UserError(f"{world} ranks in all, but {per_node} on this node: every node must start equally many")
@@ -62,12 +62,38 @@ def join(use_cuda: bool) -> tuple[torch.device, DeviceMesh]:
     if use_cuda:
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
-    rank = int(os.environ.get("RANK", 0))
-    store = open_store("join", serve=rank == 0) if "RANK" in os.environ else dist.HashStore()
+    store = open_store("join", serve=rank == 0) if world > 1 else dist.HashStore()
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=PATIENCE)
     if world > per_node:
         return device, init_device_mesh(device.type, (world // per_node, per_node), mesh_dim_names=("replicate", "shard"))
     return device, init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
+
+
+def world_size() -> int:
+    """How many ranks the environment promises; 1 without a launcher. Raises UserError where that is no number."""
+    world = os.environ.get("WORLD_SIZE", "1")
+    if not world.isdecimal() or int(world) < 1:
+        raise UserError(f"WORLD_SIZE={world} is no number of ranks; without a launcher, `unset RANK WORLD_SIZE`")
+    return int(world)
+
+
+def rank_and_world() -> tuple[int, int]:
+    """This process's rank and how many there are; (0, 1) without a launcher.
+
+    Raises UserError where the environment names ranks that could not find each other.
+    """
+    world = world_size()
+    if world == 1:
+        return 0, 1
+    bad = [name for name in ("RANK", "MASTER_PORT") if not os.environ.get(name, "").isdecimal()]
+    bad += [] if os.environ.get("MASTER_ADDR") else ["MASTER_ADDR"]
+    if bad:
+        raise UserError(f"WORLD_SIZE={world} promises other ranks, but {' and '.join(bad)} {'is' if len(bad) == 1 else 'are'} missing or no number: "
+                        "start all of them with ./run.sh or torchrun, or train alone after `unset RANK WORLD_SIZE`")
+    rank = int(os.environ["RANK"])
+    if rank >= world:
+        raise UserError(f"RANK={rank} of WORLD_SIZE={world}: ranks are 0 to {world - 1}")
+    return rank, world
 
 
 def open_store(purpose: str, serve: bool = False) -> dist.Store:
@@ -284,6 +310,8 @@ def launch(argv: list[str]) -> NoReturn:
     for number in SIGNALS:
         signal.signal(number, pass_on)
     args = torchrun.parse_args(["--signals-to-handle=SIGINT,SIGHUP,SIGQUIT", *argv])
+    if args.standalone:
+        args.local_addr = args.local_addr or "127.0.0.1"  # this machine's own name may not resolve, as in many containers
     restarts, args.max_restarts = args.max_restarts, 0
     while True:
         try:

@@ -3,7 +3,7 @@
 #
 #   ./run.sh                    no GPU: demo; 1 to 7 GPUs: solo; 8 and more: the record run on all of them
 #   ./run.sh demo|race|solo [flags]   that preset, then its score; flags are those of train_prx.py
-#   ./run.sh test [flags]       the tests; flags are those of pytest
+#   ./run.sh test [--all] [flags]     the tests that a newcomer runs, or every one; flags are those of pytest
 #   ./run.sh bench [file]       every benchmark of speed, about ten minutes; the file (benchmarks/results.txt) takes what is printed
 #   ./run.sh plan [flags]       what a run would take: hours, dollars, memory, disk, and what is missing; writes nothing
 #   ./run.sh enter records/NAME [--track=demo] [-- flags]   train the baseline and this working tree in turns: a record
@@ -23,7 +23,7 @@ export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR}  # else stack traces wh
 usage() { sed -n '2,14s/^# \{0,1\}//p' run.sh; }
 fail() { echo "error: $*" >&2; exit 2; }
 
-# Whether a Python has every requirement of the given files.
+# Whether a Python has every requirement of the given files, in a version of their ranges.
 has() {
     "$@" 2>/dev/null <<'PY'
 import importlib.metadata, sys
@@ -33,31 +33,35 @@ except ImportError:
     from pip._vendor.packaging.requirements import Requirement
 for file in sys.argv[1:]:
     for line in open(file):
-        if line.strip() and not line.startswith("#"):
-            need = Requirement(line.strip())
-            if not need.specifier.contains(importlib.metadata.version(need.name), prereleases=True):
+        line = line.partition("#")[0].strip()
+        if line:
+            need = Requirement(line)
+            wanted = need.marker is None or need.marker.evaluate()  # on this version of Python
+            if wanted and not need.specifier.contains(importlib.metadata.version(need.name), prereleases=True):
                 sys.exit(1)
 PY
 }
 
-# Set PYTHON: the active one if it has what is needed, else that of .venv, made or completed here.
+# Set PYTHON: the active one if it has what the given files ask for, else that of .venv, which holds what the lock says.
 set_up() {
-    local files=("$@") requirements=()
-    for PYTHON in "$(command -v python3 || true)" .venv/bin/python; do
-        if [ -x "$PYTHON" ] && has "$PYTHON" - "${files[@]}"; then return; fi
-    done
-    command -v python3 >/dev/null || fail "python3 is not installed"
+    PYTHON=$(command -v python3) || fail "python3 is not installed"
+    if has "$PYTHON" - "$@"; then return; fi
     python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' || fail "Python 3.10 or newer is needed, not $(python3 -V)"
+    PYTHON=.venv/bin/python
+    if cmp -s requirements.lock .venv/requirements.lock; then return; fi
     exec 9>.venv.lock
-    flock 9  # several nodes or shells may start at once: one installs, the others wait
-    if ! has "$PYTHON" - "${files[@]}"; then
-        echo "setting up .venv from ${files[*]} (PyTorch is a download of several GB)"
+    if command -v flock >/dev/null; then flock 9; fi  # several nodes or shells may start at once: one installs, the others wait
+    if ! cmp -s requirements.lock .venv/requirements.lock; then
+        echo "setting up .venv from requirements.lock (PyTorch is a download of several GB)"
         [ -x "$PYTHON" ] || python3 -m venv .venv || fail "python3 -m venv does not work; on Debian: apt install python3-venv"
-        for file in "${files[@]}"; do requirements+=(-r "$file"); done
-        "$PYTHON" -m pip install --quiet "${requirements[@]}" || fail "pip could not install ${files[*]}; its message is above"
+        "$PYTHON" -m pip install --quiet --require-hashes -r requirements.lock || fail "pip could not install requirements.lock; its message is above"
+        cp requirements.lock .venv/  # last: it says that all is there
     fi
     exec 9>&-
 }
+
+# How many GPUs this node has; also those that this torch cannot use, which train_prx.py then says.
+count_gpus() { "$PYTHON" -W ignore -c 'import torch; print(torch.cuda.device_count())'; }
 
 # Run a command and hand it the signals: by itself, bash would end before it, or act only after it has ended.
 supervise() {
@@ -75,7 +79,7 @@ supervise() {
 # Train with the given flags on all GPUs of this node, or of all nodes.
 train() {
     local gpus processes nodes=${NNODES:-${SLURM_NNODES:-1}} where=()
-    gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
+    gpus=$(count_gpus)
     processes=${NPROC_PER_NODE:-$((gpus > 0 ? gpus : 1))}
     if [ "$nodes" -gt 1 ]; then
         local head=${MASTER_ADDR:-$(scontrol show hostnames "${SLURM_JOB_NODELIST:-}" 2>/dev/null | head -n 1)}
@@ -107,7 +111,7 @@ scenes() {
 # Each benchmark in a process of its own; what fails is named at the end and the others still run.
 bench() {
     local out=$1 failed=() gpus
-    gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
+    gpus=$(count_gpus)
     : > "$out"
     measure() { printf '\n$ python benchmarks/%s\n' "$*" | tee -a "$out"; "$PYTHON" benchmarks/"$@" 2>&1 | tee -a "$out" || failed+=("$1"); }
     scale() {  # what step.py measured last of one rank of 32
@@ -137,10 +141,13 @@ case $command in
     -h | --help) usage ;;
     test)
         set_up requirements.txt tests/requirements.txt
-        "$PYTHON" -m pytest -q -n 2 --dist=loadfile --no-loadscope-reorder "${@:2}" tests ;;  # two files at a time
+        shift
+        which=(-m "not slow")
+        if [ "${1:-}" = --all ]; then which=(-m "slow or not slow"); shift; fi
+        "$PYTHON" -m pytest -q -n 2 --dist=loadfile --no-loadscope-reorder "${which[@]}" "$@" tests ;;  # two files at a time
     auto)
         set_up requirements.txt
-        gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
+        gpus=$(count_gpus)
         if [ "${NNODES:-${SLURM_NNODES:-1}}" -gt 1 ] || [ "$gpus" -ge 8 ]; then train --preset=record
         elif [ "$gpus" -ge 1 ]; then scenes solo 256 1000
         else scenes demo 32 200

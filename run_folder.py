@@ -302,7 +302,10 @@ class Log:
         if self.is_main:
             self._append(self.text, text + "\n")
             if console:
-                print(text, flush=True)
+                try:
+                    print(text, flush=True)
+                except BrokenPipeError:  # whoever read along has left, such as `| head`; the log has it all
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def metrics(self, step: int, **values) -> None:
         """A line of metrics.jsonl."""

@@ -36,7 +36,7 @@ from exchange import export_diffusers, import_weights, read_checkpoint
 from metrics import METRICS, Scorer, gather_rows, level_of, my_share, rank_and_world, resample_weights, to_score
 from run_folder import draw_grid
 from shards import RowSet, file_sha256, read_manifest
-from train_prx import (PRESETS, PRX, Chunks, Config, Parser, TextEncoder, UserError, compiles, draw, held_out_losses,
+from train_prx import (PRESETS, PRX, Chunks, Config, Parser, TextEncoder, UserError, compiler_trouble, compute_dtype, draw, held_out_losses,
                        load_text_encoder, run_main, sampling_settings, to_uint8)
 from weights import weights_file
 
@@ -47,19 +47,19 @@ from weights import weights_file
 def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> tuple[PRX, Config, TextEncoder]:
     """The averaged weights of a run: (model in eval mode on `device`, its config, prompts -> (txt, txt_mask)).
 
-    Model and text encoder are bf16 on a GPU and fp32 on the CPU. Raises UserError as `read_checkpoint` does.
+    Model and text encoder compute in what `precision=auto` is on `device`. Raises UserError as `read_checkpoint` does.
     """
     model, cfg, _ = read_checkpoint(path)
     device = torch.device(device)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = compute_dtype(replace(cfg, precision="auto"), device)
     return model.to(device, dtype), cfg, load_text_encoder(cfg, device, dtype)
 
 
 def load(args, device: torch.device) -> tuple[PRX, Config, TextEncoder]:
     """`load_checkpoint` as the flags say."""
     model, cfg, encode_text = load_checkpoint(args.checkpoint, device)
-    if args.compile and not compiles(replace(cfg, compile=True), device):
-        raise UserError("--compile=1 takes a C++ compiler: g++, or the one that CXX names")
+    if args.compile and compiler_trouble(device):
+        raise UserError(f"--compile=1: {compiler_trouble(device)}")
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # of absent CUDA
     torch._dynamo.config.recompile_limit = 64  # a block compiles for each batch size, routed or not, and 32 tokens of text
     for block in model.blocks if args.compile else []:

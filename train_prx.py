@@ -47,9 +47,9 @@ import math
 import os
 import platform
 import re
-import shutil
 import signal
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -58,6 +58,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+
+CACHE = os.environ.get("TORCHINDUCTOR_CACHE_DIR", tempfile.gettempdir())
+try:
+    os.makedirs(CACHE, exist_ok=True)
+except OSError:  # then torch cannot even be imported; `compiler_trouble` says it
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.gettempdir()
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -113,8 +120,8 @@ class Config:
     stages: tuple[Stage, ...] = (Stage(512, 100_000, 1024, True), Stage(1024, 20_000, 512, False))  # size:steps:batch:repa[:short],...
     micro_batch: int = 16  # rows of a chunk, which is drawn and run as a whole; part of the run's identity
     max_steps: int = 0  # stop after this many steps without bending the schedule; 0: run all stages
-    device: str = "auto"  # cpu, cuda, or auto: cuda where there is one
-    precision: str = "bf16"  # compute in bf16 or fp32; weights, gradient sums and optimizer state are fp32 either way
+    device: str = "auto"  # cpu, cuda, or auto: cuda where there is a GPU, which must then be usable
+    precision: str = "auto"  # of products: bf16, fp32, or auto: bf16 on a GPU that has it; weights and all sums of steps stay fp32
     compile: bool = True  # torch.compile each block: 0 or 1
     chunks_at_once: int = 1  # chunks of a rank's share that pass the network together, at most: memory against speed
     workers: int = 8  # processes that read and decode images, a GPU; 0: in the training process
@@ -198,7 +205,7 @@ PRESETS = {
     ),
     # Two CPU cores, under five minutes. Where it leaves the recipe, and why, is in the README.
     "demo": Config(
-        name="demo", data="data/demo", frozen="none", stages=(Stage(32, 1_200, 32, True),), micro_batch=32, workers=0,
+        name="demo", data="data/demo", device="cpu", frozen="none", stages=(Stage(32, 1_200, 32, True),), micro_batch=32, workers=0,
         patch=4, bottleneck=48, width=128, depth=6, heads=4, route_start=1, route_end=5, repa_depth=3,
         text_encoder="builtin", text_dim=256, text_tokens=24,
         lr=1e-2, adam_lr=4e-3, lr_decay="linear", t_power=1.0, warmup=50, ema=0.9, grad_clip=1.0,
@@ -211,7 +218,7 @@ PRESETS["race"] = replace(
     heads=8, text_tokens=32, drop=0.0, lr=2e-2, adam_lr=6e-3, momentum=0.9, t_power=0.5, warmup=25, ema=0.8, scale=2.5)
 
 CHOICES = {
-    "frozen": ("pretrained", "scene", "random", "none"), "device": ("auto", "cpu", "cuda"), "precision": ("bf16", "fp32"),
+    "frozen": ("pretrained", "scene", "random", "none"), "device": ("auto", "cpu", "cuda"), "precision": ("auto", "bf16", "fp32"),
     "guidance": ("self", "cfg", "none"), "lr_decay": ("none", "linear"), "track": ("none", "wandb"),
 }
 NOT_IDENTITY = {"max_steps", "device", "chunks_at_once", "workers", "log_every", "eval_every", "sample_every", "save_every",
@@ -310,7 +317,52 @@ def check_config(cfg: Config) -> None:
          "--track=wandb: wandb is not installed: pip install wandb")
     if cfg.score:
         parse_metrics(cfg.score)
-    need(cfg.device != "cuda" or torch.cuda.is_available(), "--device=cuda: no GPU is visible; use --device=cpu or auto")
+    need(cfg.device != "cuda" or torch.cuda.is_available(),
+         f"--device=cuda: {gpu_trouble() or 'no GPU is visible'}; use --device=cpu or auto")
+
+
+def compute_dtype(cfg: Config, device: torch.device) -> torch.dtype:
+    """What products on `device` are computed in; the one place that decides it.
+
+    `auto` is bf16 on a GPU that multiplies it in hardware, sm_80 or newer, and fp32 elsewhere. A CPU without AVX512-BF16 or
+    AMX emulates bf16, and the demo's step took 16 times as long; one that has them was no faster in bf16 than in fp32.
+    """
+    is_bf16 = cfg.precision == "bf16"
+    if cfg.precision == "auto":
+        is_bf16 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.bfloat16 if is_bf16 else torch.float32
+
+
+def resolve_precision(cfg: Config, device: torch.device) -> Config:
+    """The same config with `auto` replaced by what it means on `device`: what a run is known by."""
+    return replace(cfg, precision="bf16" if compute_dtype(cfg, device) == torch.bfloat16 else "fp32")
+
+
+@functools.cache
+def gpu_trouble() -> str:
+    """Why torch cannot use a GPU that this machine has, in a line: "" where it can, or where there is none."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1"):  # hidden on purpose
+        return ""
+    with warnings.catch_warnings(record=True) as caught:  # torch says it once a process, and goes on without
+        warnings.simplefilter("always")
+        if torch.cuda.is_available():
+            return ""
+        listed = torch.cuda.device_count()
+    said = [str(w.message).split("CUDA initialization: ")[1] for w in caught if "CUDA initialization: " in str(w.message)]
+    if said:
+        return said[0].splitlines()[0].split(" (Triggered")[0]
+    if listed or any(Path("/dev").glob("nvidia[0-9]*")):
+        return f"its driver is too old for torch {torch.__version__}, or this torch is built without CUDA"
+    return ""
+
+
+def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """This machine's processor, and whether it multiplies bf16 in hardware, as far as Linux says."""
+    info = cpuinfo.read_text() if cpuinfo.exists() else ""
+    name = re.search(r"^model name\s*: (.+)", info, re.MULTILINE)
+    flags = set(re.findall(r"\w+", " ".join(re.findall(r"^(?:flags|Features)\s*:(.*)", info, re.MULTILINE)[:1])))
+    units = "with" if flags & {"avx512_bf16", "amx_bf16", "bf16"} else "without"
+    return f"{name[1] if name else platform.machine()} CPU {units} bf16 units"
 
 
 def config_to_json(cfg: Config) -> dict:
@@ -781,7 +833,7 @@ class T5GemmaText(TextEncoder):
         loader, how = (T5GemmaEncoder, {}) if alone else (T5GemmaEncoderModel, {"is_encoder_decoder": False})
         model = load_pretrained(  # eager attention: SDPA leaves out T5Gemma's soft cap on the scores
             loader, cfg.text_encoder, **how, attn_implementation="eager", output_loading_info=True,
-            dtype=dtype or (torch.bfloat16 if cfg.precision == "bf16" else torch.float32))
+            dtype=dtype or compute_dtype(cfg, device))
         self.model = model.eval().requires_grad_(False).to(device)
         self.dim = model.config.hidden_size if alone else model.config.encoder.hidden_size
 
@@ -859,7 +911,7 @@ class BuiltinText(TextEncoder):
 
 
 def load_text_encoder(cfg: Config, device: torch.device, dtype: torch.dtype | None = None) -> TextEncoder:
-    """The encoder that `cfg.text_encoder` names, in `dtype`, or else in the run's precision.
+    """The encoder that `cfg.text_encoder` names, in `dtype`, or else in the run's precision (`compute_dtype`).
 
     Raises UserError where it cannot be had, or is not `cfg.text_dim` wide.
     """
@@ -969,7 +1021,7 @@ def load_frozen(cfg: Config, device: torch.device) -> Frozen:
     frozen = Frozen()
     if cfg.frozen == "none":
         return frozen
-    dtype = torch.bfloat16 if cfg.precision == "bf16" else torch.float32
+    dtype = compute_dtype(cfg, device)
     is_scene = cfg.frozen == "scene"
     if is_scene:  # one network judges both, at its own size; for LPIPS' VGG there is no stand-in
         cfg = replace(cfg, frozen="pretrained", repa_teacher=scene_teacher(cfg), pdino_model=scene_teacher(cfg), lpips_weight=0.0)
@@ -1203,16 +1255,35 @@ def make_batch(raw: dict, encode_text: TextEncoder, device: torch.device) -> dic
 # Sharding, averaged weights, checkpoints
 
 
+@functools.cache
+def compiler_trouble(device: torch.device) -> str:
+    """Why torch.compile does not work on `device`, in a line; "" where it does, which is found out by compiling one.
+
+    It takes a C++ compiler (g++, or the one that CXX names) and Python's headers, and a cache folder that can be written
+    and executed from; on a GPU Triton takes a C compiler as well.
+    """
+    if not os.path.isdir(CACHE):
+        return f"torch.compile's cache, TORCHINDUCTOR_CACHE_DIR={CACHE}, cannot be made"
+    try:
+        line, x = torch.fx.symbolic_trace(lambda x: (2 * x).sin()), torch.ones(64, device=device)
+        torch._inductor.compile(line, [x])(x)
+    except Exception as error:  # whatever it is, blocks run uncompiled, and the log says why
+        lines = [line for line in str(error).splitlines() if re.search(r"\w(Error|Compiler): | error: ", line)] or [str(error)]
+        wrong = next((line for line in lines if " error: " in line), lines[0])  # a C++ compiler's own words, if they are there
+        return "torch.compile fails here: " + wrong.split(" error: ")[-1].split(".  ")[0].strip()
+    return ""
+
+
 def compiles(cfg: Config, device: torch.device) -> bool:
-    """Whether blocks are compiled: on CPU that takes a C++ compiler, which not every machine has."""
-    return cfg.compile and (device.type == "cuda" or shutil.which(os.environ.get("CXX", "g++")) is not None)
+    """Whether blocks are compiled: where the config asks for it and the machine can."""
+    return cfg.compile and not compiler_trouble(device)
 
 
 def build_model(cfg: Config, mesh: DeviceMesh, device: torch.device) -> PRX:
     """PRX with initial weights, sharded over the mesh: parameters stay gathered between forward and backward."""
     with torch.device("meta"):
         model = PRX(cfg)
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if cfg.precision == "bf16" else None,
+    policy = MixedPrecisionPolicy(param_dtype=compute_dtype(cfg, device),
                                   reduce_dtype=torch.float32, cast_forward_inputs=False)  # t stays fp32
     # REPA's projector goes with the root: torch 2.11 fails in backward on a unit of its own whose forward never ran
     for unit in [*model.blocks, model]:
@@ -1283,7 +1354,7 @@ def build_optimizer(model: nn.Module, cfg: Config) -> Muon:
     for name, p in model.named_parameters():
         (matrices if name.startswith("blocks.") and p.ndim == 2 else others).append(p)
     assert len(matrices) + len(others) == len({id(p) for p in model.parameters()})
-    ns_dtype = torch.bfloat16 if cfg.precision == "bf16" else torch.float32
+    ns_dtype = compute_dtype(cfg, matrices[0].device)
     return Muon([
         {"params": matrices, "use_muon": True, "lr": cfg.lr, "momentum": cfg.momentum, "nesterov": True,
          "ns_steps": cfg.ns_steps, "ns_dtype": ns_dtype, "weight_decay": 0.0},
@@ -1462,12 +1533,17 @@ def write_header(log: Log, cfg: Config, frozen: Frozen, model: PRX, data: dict, 
     for name, text in SOURCES.items():
         log.write(f"==== {name} sha256 {hashlib.sha256(text.encode()).hexdigest()}\n{text}====", console=False)
     log.write(f"config {json.dumps(config_to_json(cfg))}", console=False)
-    cpu = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text()) if Path("/proc/cpuinfo").exists() else None
-    hardware = torch.cuda.get_device_name() if device.type == "cuda" else f"{cpu[1] if cpu else platform.machine()} CPU"
+    hardware = torch.cuda.get_device_name() if device.type == "cuda" else cpu_name()
     log.write(f"{began:%Y-%m-%d %H:%M:%S}  python {platform.python_version()}  torch {torch.__version__}  "
               f"transformers {transformers.__version__}  datasets {datasets.__version__}  numpy {np.__version__}")
     log.write(f"{dist.get_world_size()} x {hardware}, {torch.get_num_threads()} threads; source {SOURCE_HASH[:12]}; "
-              f"run {cfg.name}, seed {cfg.seed}, {cfg.precision}")
+              f"run {cfg.name}, seed {cfg.seed}, computed in {cfg.precision}")
+    if device.type == "cpu" and gpu_trouble():
+        log.write(f"this machine's GPU is not used: {gpu_trouble()}")
+    elif device.type == "cpu" and cfg.device == "auto":
+        log.write("no GPU is visible: this run is on the CPU")
+    if device.type == "cpu" and cfg.precision == "bf16" and "without bf16" in cpu_name():
+        log.write("WARNING --precision=bf16 is emulated on this processor: a step of the demo took 16 times as long as in fp32")
     for folder, found in data.items():
         if cfg.frozen == "scene" and folder == scene_teacher(cfg):
             log.write(f"teacher {folder}, sha256 {found}; it was trained on the labels of the training scenes")
@@ -1483,7 +1559,7 @@ def write_header(log: Log, cfg: Config, frozen: Frozen, model: PRX, data: dict, 
         log.write(f"stage {i + 1}: {stage.image_size}px, {stage.steps:,} steps of {stage.global_batch} images; "
                   f"loss {' + '.join(f'{weights[name]:g} {name}' for name in on)}{off}")
     if cfg.compile and not compiles(cfg, device):
-        log.write("blocks run uncompiled, and slower: there is no C++ compiler (g++, or the one that CXX names)")
+        log.write(f"blocks run uncompiled, and slower: {compiler_trouble(device)}")
     if cfg.frozen == "random":
         log.write("WARNING --frozen=random: lpips, pdino and repa come from random weights and mean nothing")
 
@@ -1508,7 +1584,7 @@ def last_step(cfg: Config) -> int:
 
 def check_ranks(cfg: Config) -> None:
     """Raise UserError where the chunks of a step do not divide among the ranks."""
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    world = ranks.world_size()
     for stage in cfg.stages:
         chunks = stage.global_batch // cfg.micro_batch
         if chunks % world:
@@ -1709,15 +1785,22 @@ def main(argv: list[str]) -> None:
     """The command line's run: set up, train, and take the ranks down in the order that gloo survives."""
     cfg, resume = parse_config(argv)
     check_ranks(cfg)
-    use_cuda = torch.cuda.is_available() if cfg.device == "auto" else cfg.device == "cuda"
-    device, mesh = ranks.join(use_cuda)
+    if cfg.device == "auto" and gpu_trouble():
+        raise UserError(f"this machine's GPU cannot be used: {gpu_trouble()}; --device=cpu trains on the CPU instead")
+    device, mesh = ranks.join(cfg.device != "cpu" and torch.cuda.is_available())
+    cfg = resolve_precision(cfg, device)
     with ranks.together(mesh) as watch:
         try:
             finished = train(cfg, resume, device, mesh, watch)
         except torch.OutOfMemoryError:
             sizes = ", ".join(f"{stage.image_size}px" for stage in cfg.stages)
-            raise UserError(f"out of GPU memory with {cfg.chunks_at_once} chunks of {cfg.micro_batch} images at a time, at {sizes}: pass "
-                            "--chunks_at_once=1, then a lower --micro_batch, which keeps the global batch, or smaller --stages") from None
+            advice = (f"out of GPU memory with {cfg.chunks_at_once} chunks of {cfg.micro_batch} images at a time, at {sizes}: pass "
+                      "--chunks_at_once=1, then a lower --micro_batch, which keeps the global batch, or smaller --stages")
+            saved = checkpoints_of(Path("runs", cfg.name))
+            if not saved:
+                raise UserError(advice) from None
+            # A run that has fitted until now: another process's memory, or fragments of its own. A restart may well go on
+            raise RuntimeError(f"{advice}; it fitted until {saved[-1]}, from which the same command continues") from None
     gc.collect()  # model and gradients first: gloo processes otherwise sometimes abort after success
     dist.barrier()
     dist.destroy_process_group()

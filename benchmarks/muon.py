@@ -237,16 +237,17 @@ def loop_back() -> Iterator[dict[tuple[int, ...], list[int]]]:
         return loop(output, input, input.nbytes - mine(input, input_split_sizes, group).nbytes,
                     output.nbytes - mine(output, output_split_sizes, group).nbytes, group, async_op)
 
-    def all_gather_into_tensor(output_tensor, input_tensor, group=None, async_op=False):
+    def all_gather(output_tensor, input_tensor, group=None, async_op=False):
         others = output_tensor.nbytes - input_tensor.nbytes
         return loop(output_tensor, input_tensor, others, others, group, async_op)
 
-    def reduce_scatter_tensor(output, input, op=dist.ReduceOp.SUM, group=None, async_op=False):
+    def reduce_scatter(output, input, op=dist.ReduceOp.SUM, group=None, async_op=False):
         others = input.nbytes - output.nbytes
         return loop(output, mine(input, None, group), others, others, group, async_op)
 
-    with mock.patch.multiple(dist, all_to_all_single=all_to_all_single, all_gather_into_tensor=all_gather_into_tensor,
-                             reduce_scatter_tensor=reduce_scatter_tensor):
+    loops = {"all_to_all_single": all_to_all_single, "all_gather_into_tensor": all_gather, "reduce_scatter_tensor": reduce_scatter,
+             "all_gather_single": all_gather, "reduce_scatter_single": reduce_scatter}  # the latter two from torch 2.14 on
+    with mock.patch.multiple(dist, **{name: loop for name, loop in loops.items() if hasattr(dist, name)}):
         yield traffic
 
 

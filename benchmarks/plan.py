@@ -11,7 +11,6 @@ import json
 import logging
 import math
 import os
-import re
 import shutil
 import statistics
 import sys
@@ -36,8 +35,8 @@ from data_prep import SETS  # noqa: E402
 from muon import Muon, assign_owners, local, newton_schulz_cost  # noqa: E402
 from shards import RowSet, UserError, read_manifest, text_folder  # noqa: E402
 from train_prx import (  # noqa: E402
-    EMA, PRESETS, PRX, Config, Frozen, Parser, Stage, build_model, build_optimizer, chunks_together, compiles, last_step,
-    load_frozen, parse_config, run_main, stage_spans, train_step, training_loss)
+    EMA, PRESETS, PRX, Config, Frozen, Parser, Stage, build_model, build_optimizer, chunks_together, compiles, compute_dtype, cpu_name,
+    last_step, load_frozen, parse_config, resolve_precision, run_main, stage_spans, train_step, training_loss)
 from weights import FALLBACKS  # noqa: E402
 
 META = torch.device("meta")
@@ -110,8 +109,9 @@ def count_loss(model: PRX, frozen: Frozen, cfg: Config, stage: Stage) -> tuple[i
 def count_stage(cfg: Config, stage: Stage) -> tuple[dict[str, float], int, int]:
     """FLOP an image by part (a term's is what the loss takes with it, less without it), bytes of activations that a
     chunk keeps for its backward pass, bytes of frozen weights."""
+    cfg = on_gpus(cfg)
     with META:
-        model = PRX(cfg).to(torch.bfloat16 if cfg.precision == "bf16" else torch.float32)
+        model = PRX(cfg).to(compute_dtype(cfg, META))
         frozen = load_frozen(replace(random_frozen(cfg), compile=False), META)
     on = Frozen()
     before, watch = count_loss(model, on, cfg, stage)
@@ -127,6 +127,11 @@ def count_stage(cfg: Config, stage: Stage) -> tuple[dict[str, float], int, int]:
         parts["projector"] = parts["teacher"] - counter.get_total_flops()
         parts["teacher"] = counter.get_total_flops()
     return parts, watch.activation_bytes(), watch.frozen_bytes()
+
+
+def on_gpus(cfg: Config) -> Config:
+    """The same run with precision `auto` as on the GPUs that are planned for."""
+    return replace(cfg, precision="bf16") if cfg.precision == "auto" else cfg
 
 
 def random_frozen(cfg: Config) -> Config:
@@ -146,7 +151,12 @@ def state_bytes(cfg: Config, shards: int) -> dict[str, int]:
     muon, adam = (sum(-(-len(p) // shards) * (p.numel() // len(p)) for p in group["params"]) for group in parameter_groups(cfg))
     whole = sum(p.numel() for group in parameter_groups(cfg) for p in group["params"])
     return {"weights": 4 * (muon + adam), "gradients": 4 * (muon + adam), "momentum, Adam's moments": 4 * muon + 8 * adam,
-            "averaged weights": 4 * (muon + adam), "gathered weights": (2 if cfg.precision == "bf16" else 4) * whole}
+            "averaged weights": 4 * (muon + adam), "gathered weights": bytes_of_a_weight(cfg) * whole}
+
+
+def bytes_of_a_weight(cfg: Config) -> int:
+    """Bytes of a gathered weight."""
+    return compute_dtype(on_gpus(cfg), META).itemsize
 
 
 def checkpoint_bytes(cfg: Config) -> int:
@@ -194,15 +204,13 @@ def hardware(device: torch.device) -> str:
     """What this machine computes with, in words."""
     if device.type == "cuda":
         return torch.cuda.get_device_name()
-    info = Path("/proc/cpuinfo")
-    name = re.search(r"model name\s*: (.+)", info.read_text()) if info.exists() else None
     threads = torch.get_num_threads()
-    return f"{name[1] if name else 'a'} CPU, {threads} thread{'s' * (threads > 1)}"
+    return f"{cpu_name()}, {threads} thread{'s' * (threads > 1)}"
 
 
 def matmul_rate(cfg: Config) -> float:
     """FLOP/s of this machine's CPU on matrices of 1024 x 1024."""
-    a = torch.randn(1024, 1024, dtype=torch.bfloat16 if cfg.precision == "bf16" else torch.float32)
+    a = torch.randn(1024, 1024, dtype=compute_dtype(cfg, torch.device("cpu")))
     return 2 * 1024**3 / min(clock(lambda: a @ a, a.device) for _ in range(3))
 
 
@@ -255,7 +263,7 @@ def measure_steps(cfg: Config, stages: list[Stage], device: torch.device) -> lis
 def measure_optimizer(cfg: Config, gpus: int, shards: int, device: torch.device) -> float:
     """Seconds of an optimizer step of the most loaded of `gpus` ranks: its matrices through Newton-Schulz, its slices of
     everything through momentum and Adam. Gradients are random, and nothing is sent."""
-    muon, adam = parameter_groups(cfg)
+    muon, adam = parameter_groups(resolve_precision(cfg, device))
     shapes = [p.shape for p in muon["params"]]
     load = newton_schulz_loads(shapes, gpus)
 
@@ -468,6 +476,7 @@ def report_time(cfg: Config, gpus: int, shards: int, device: torch.device, spans
 def main(argv: list[str]) -> None:
     cfg, gpus, shards = parse_flags(argv)
     device = torch.device("cuda" if cfg.device != "cpu" and torch.cuda.is_available() else "cpu")
+    planned = resolve_precision(cfg, device) if cfg.device == "cpu" else on_gpus(cfg)
     end = last_step(cfg)
     spans = [(stage, min(stage.steps, end - first)) for stage, first, _ in stage_spans(cfg) if first < end]
     images = sum(steps * stage.global_batch for stage, steps in spans)
@@ -495,7 +504,7 @@ def main(argv: list[str]) -> None:
         mine = stage.global_batch // cfg.micro_batch // gpus
         print(f"\nStage {i + 1}: {stage.image_size}px, {plural(steps, 'step')} of {plural(stage.global_batch, 'image')}, "
               f"{plural(mine, 'chunk')} of {cfg.micro_batch} a rank")
-        counts.append(count_stage(cfg, stage))
+        counts.append(count_stage(planned, stage))
         parts = counts[-1][0]
         for name, each in parts.items():
             say(NAMES[name], f"{each / 1e9:,.4g} GFLOP", "counted", "an image")
@@ -508,8 +517,8 @@ def main(argv: list[str]) -> None:
         say("text encoder, without text latents", f"{images * more:.3g} FLOP", "predicted",
             f"on top: {more / 1e9:.0f} GFLOP a caption of {CAPTION_TOKENS} tokens")
 
-    print("\nMemory of a rank, at most")
-    state = state_bytes(cfg, shards)
+    print(f"\nMemory of a rank, at most, computing in {planned.precision}")
+    state = state_bytes(planned, shards)
     mine = [stage.global_batch // cfg.micro_batch // gpus for stage, _ in spans]
     together = [chunks_together(cfg, n) for n in mine]
     if together != mine:

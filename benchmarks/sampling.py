@@ -22,10 +22,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.plan import clock, hardware, synthetic_batch  # noqa: E402
 from exchange import diffusers_config  # noqa: E402
 from shards import UserError  # noqa: E402
-from train_prx import PRESETS, PRX, Parser, Stage, compiles, generate, run_main, shift_t  # noqa: E402
+from train_prx import PRESETS, PRX, Parser, Stage, compiles, compute_dtype, generate, run_main, shift_t  # noqa: E402
 from weights import to_diffusers  # noqa: E402
 
-SMALL = dict(patch=4, bottleneck=48, width=128, heads=4, depth=6, text_dim=256, precision="fp32")  # 256 tokens at 64px
+SMALL = dict(patch=4, bottleneck=48, width=128, heads=4, depth=6, text_dim=256)  # 256 tokens at 64px
 
 
 def main(argv: list[str]) -> None:
@@ -50,7 +50,8 @@ def main(argv: list[str]) -> None:
     torch._dynamo.config.recompile_limit = 64  # as sample.py has it
     diffusers_logging.set_verbosity_error()  # of timesteps without sigmas, at every call
     torch.set_float32_matmul_precision("high")
-    device, dtype = torch.device("cuda" if cuda else "cpu"), torch.bfloat16 if cuda else torch.float32
+    device = torch.device("cuda" if cuda else "cpu")
+    dtype = compute_dtype(cfg, device)
 
     model = PRX(cfg).eval().requires_grad_(False)
     for p in model.parameters():

@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.plan import META, newton_schulz_loads, parameter_groups, plural, size_text  # noqa: E402
+from benchmarks.plan import META, bytes_of_a_weight, newton_schulz_loads, on_gpus, parameter_groups, plural, size_text  # noqa: E402
 from muon import assign_owners  # noqa: E402
 from shards import UserError  # noqa: E402
 from train_prx import PRESETS, PRX, Config, Parser, Stage, parse_config, run_main  # noqa: E402
@@ -65,13 +65,13 @@ def fsdp_bytes(cfg: Config, stage: Stage, replicas: int, shards: int, edge: bool
     slices = {name: -(-len(p) // shards) * (p.numel() // len(p)) for name, p in weights.items()}  # elements of one
     all_of_them, repa = sum(slices.values()), stage.repa and cfg.frozen != "none"
     graded = sum(n for name, n in slices.items() if repa or not name.startswith("repa_projector."))
-    return Moved(weights=(shards - 1) * (2 if cfg.precision == "bf16" else 4) * all_of_them, gradients=(shards - 1) * 4 * graded,
+    return Moved(weights=(shards - 1) * bytes_of_a_weight(cfg) * all_of_them, gradients=(shards - 1) * 4 * graded,
                  sums=2 * (replicas - 1) / replicas * 4 * graded)
 
 
 def muon_bytes(cfg: Config, replicas: int, shards: int) -> list[Moved]:
     """What Muon moves on each rank, its matrices dealt out as `muon.Owners` does: neighbours go to different replicas."""
-    shapes, size = [p.shape for p in parameter_groups(cfg)[0]["params"]], 2 if cfg.precision == "bf16" else 4
+    shapes, size = [p.shape for p in parameter_groups(cfg)[0]["params"]], bytes_of_a_weight(cfg)
     owners = [(k % replicas, k // replicas) for k in assign_owners(shapes, replicas * shards)]  # (replica, shard) of each
 
     def part(i: int, shard: int) -> int:
@@ -161,7 +161,7 @@ def main(argv: list[str]) -> None:
     print(f"assumed: {', '.join(map(str, NODE_GBPS))} GB/s bus bandwidth in nodes of {own.gpus_a_node}, {own.network_gbps:g} "
           f"GB/s a GPU beyond; ${cfg.price:g} a GPU-hour")
     print(f"{own.preset}, stage {own.stage}: {stage.image_size}px, {plural(stage.steps, 'step')} of "
-          f"{plural(stage.global_batch, 'image')} in chunks of {cfg.micro_batch}, {cfg.precision}")
+          f"{plural(stage.global_batch, 'image')} in chunks of {cfg.micro_batch}, {on_gpus(cfg).precision}")
     worlds = [n for n in WORLDS if divides(cfg, stage, n, own.gpus_a_node)]
     if len(worlds) < len(WORLDS):
         fits = [n for n in range(1, stage.global_batch // cfg.micro_batch + 1) if divides(cfg, stage, n, own.gpus_a_node)]

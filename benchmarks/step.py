@@ -50,7 +50,7 @@ from scenes import caption, make_scenes, render  # noqa: E402
 from shards import UserError  # noqa: E402
 from train_prx import (  # noqa: E402
     EMA, PRESETS, BuiltinText, Config, Frozen, Parser, Stage, build_model, build_optimizer, gather_tokens, gradient_norm,
-    load_frozen, lr_factor, parse_config, run_main, tag_generator, train_step, training_loss)
+    compute_dtype, load_frozen, lr_factor, parse_config, resolve_precision, run_main, tag_generator, train_step, training_loss)
 from weights import to_diffusers  # noqa: E402
 
 ARMS = ("ours", "diffusers", "diffusers-routed", "prx", "prx-routed")
@@ -402,9 +402,8 @@ def parse_flags(argv: list[str]):
     parser.add_argument("--rounds", type=int, default=5, help="rounds in which the arms take turns")
     parser.add_argument("--steps", type=int, default=20, help="steps of a round")
     own, others = parser.parse_known_args(argv)
-    if not torch.cuda.is_available():
-        others = ["--precision=fp32", *others]  # a CPU is slow in bf16, and fp32 shows that arms compute the same
     cfg, _ = parse_config([f"--preset={own.preset}", *others])
+    cfg = resolve_precision(cfg, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     own.arms = own.arms.split(",")
     if own.arms[0] != "ours" or not set(own.arms) <= set(ARMS):
         raise UserError(f"--arms={','.join(own.arms)}: a comma list of {', '.join(ARMS)}, ours first")
@@ -430,7 +429,7 @@ def main(argv: list[str]) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     stage = replace(cfg.stages[own.stage - 1], global_batch=own.batch * own.ranks)
     cfg = random_frozen(replace(cfg, warmup=1, stages=(stage,)))
-    dtype = torch.bfloat16 if cfg.precision == "bf16" else torch.float32
+    dtype = compute_dtype(cfg, device)
     with rank_of(own.ranks, own.rank, own.gpus_a_node, device) as mesh:
         bench(own, cfg, stage, mesh, device, dtype)
         gc.collect()  # models before the group goes

@@ -9,9 +9,12 @@ import json
 import multiprocessing
 import multiprocessing.forkserver
 import os
+import re
 import runpy
+import shutil
 import signal
 import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -23,11 +26,11 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
+PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # so that run.sh finds what runs these tests
 ENV = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 PRELOADED = ["pytest", "torch", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.checkpoint", "torchvision",
              "datasets", "transformers", "safetensors.torch", "PIL.Image", "tqdm", "matplotlib.figure",
              "matplotlib.backends.backend_agg", "diffusers.pipelines.prx.pipeline_prx_pixel"]
-PATIENCE = 90  # seconds for any one command
 
 # A model and a schedule small enough for 20 steps a second; `data` is added by the fixture `tiny`. 4 chunks a step.
 TINY = ["--preset=demo", "--stages=32:20:16:1", "--micro_batch=4", "--patch=8", "--bottleneck=16", "--width=32",
@@ -53,19 +56,42 @@ train_prx.run_main(train_prx.main)
 """
 
 
+def our_lines(stderr: str) -> list[str]:
+    """What stderr holds of ours, and tracebacks: other lines are a library's, and change with its version."""
+    return [line for line in stderr.splitlines() if re.match("error: |warning: |starting again|Traceback", line)]
+
+
 class Result(NamedTuple):
     """What a command left behind: its exit status (minus the signal where one ended it) and what it printed."""
     status: int
     stdout: str
     stderr: str
 
+    def ours(self) -> list[str]:
+        """`our_lines` of what it wrote to stderr."""
+        return our_lines(self.stderr)
+
     def error(self) -> str:
-        """The one line that a user's mistake is answered with; fails where there is anything else."""
-        assert self.status == 2, self
-        assert "Traceback" not in self.stdout + self.stderr, self
-        lines = self.stderr.strip().splitlines()
-        assert len(lines) == 1 and lines[0].startswith("error: "), self
+        """The one line that a user's mistake is answered with; fails where we say anything else."""
+        lines = self.ours()
+        assert self.status == 2 and len(lines) == 1 and lines[0].startswith("error: "), self
+        assert "Traceback" not in self.stdout, self
         return lines[0]
+
+
+@functools.cache
+def patience(times: float = 30) -> float:
+    """Seconds until a command has failed: `times` what it took to import torch and to multiply, when the tests began."""
+    return times * pace()
+
+
+@functools.cache
+def pace() -> float:
+    """Seconds of a process that imports torch and multiplies for a moment: three on a quiet machine of two cores."""
+    began = time.monotonic()
+    work = "import torch; a = torch.randn(512, 512); [a @ a for _ in range(100)]"
+    subprocess.run([sys.executable, "-c", work], env=os.environ | ENV, check=True)
+    return max(1.0, time.monotonic() - began)
 
 
 def as_script(script: str, flags: list[str], cwd: str, env: dict[str, str], out: str, err: str) -> None:
@@ -92,6 +118,25 @@ def fork_context():
     for name, value in before.items():
         os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
     return context
+
+
+MARKS = {
+    "recipe": "the numbers of the recipe: a fork that changes it fails these, and may",
+    "parity": "against diffusers, torch.optim, a closed form or float64",
+    "machinery": "data, runs, ranks, commands: must hold in every fork",
+    "slow": "only with ./run.sh test --all",
+}
+
+
+def pytest_configure(config) -> None:
+    for name, meaning in MARKS.items():
+        config.addinivalue_line("markers", f"{name}: {meaning}")
+    config.option.strict_markers = True
+
+
+def pytest_collection_modifyitems(items) -> None:
+    for item in items:
+        assert any(item.get_closest_marker(name) for name in ("recipe", "parity", "machinery")), f"{item.nodeid} has no mark"
 
 
 UNDER_WAY: list["Running"] = []
@@ -122,14 +167,15 @@ class Running:
     def alive(self) -> bool:
         return any(process.is_alive() for process in self.processes)
 
-    def wait(self, patience: float = PATIENCE) -> Result:
-        deadline = time.monotonic() + patience
+    def wait(self, seconds: float | None = None) -> Result:
+        seconds = seconds or patience()
+        deadline = time.monotonic() + seconds
         for process in self.processes:
             process.join(max(0, deadline - time.monotonic()))
         late = [process for process in self.processes if process.is_alive()]
         self.kill(signal.SIGKILL)
         stdout, stderr = self.out.read_text(), self.err.read_text()
-        assert not late, f"not done after {patience} s; {stdout[-2000:]}\n{stderr[-2000:]}"
+        assert not late, f"not done after {seconds:.0f} s; {stdout[-2000:]}\n{stderr[-2000:]}"
         return Result(next((p.exitcode for p in self.processes if p.exitcode), 0), stdout, stderr)
 
     def kill(self, number: int) -> None:
@@ -143,14 +189,14 @@ class Running:
 
     def wait_for_step(self, folder: Path, step: int) -> None:
         """Return as soon as the run in `folder` has logged `step`."""
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + patience()
         while True:
             file = folder / "metrics.jsonl"
             lines = file.read_text().splitlines() if file.exists() else []
             if any(line.startswith(f'{{"step": {step},') for line in lines):
                 return
             assert self.alive(), self.wait()
-            assert time.monotonic() < deadline, f"no step {step} after {PATIENCE} s"
+            assert time.monotonic() < deadline, f"no step {step} after {patience():.0f} s"
             time.sleep(0.005)
 
 
@@ -161,9 +207,9 @@ def start(cwd: Path, script: str | Path, *flags: str, ranks: int = 1, nodes: int
 
 
 def run(cwd: Path, script: str | Path, *flags: str, ranks: int = 1, nodes: int = 1, env: dict[str, str] | None = None,
-        patience: float = PATIENCE) -> Result:
-    """Run a script to its end, which must come within `patience` seconds."""
-    return start(cwd, script, *flags, ranks=ranks, nodes=nodes, env=env).wait(patience)
+        seconds: float | None = None) -> Result:
+    """Run a script to its end, which must come within so many `seconds`, or else within our patience."""
+    return start(cwd, script, *flags, ranks=ranks, nodes=nodes, env=env).wait(seconds)
 
 
 def train(cwd: Path, *flags: str, ranks: int = 1, nodes: int = 1) -> Path:
@@ -245,6 +291,14 @@ def nothing_left_running():
     for running in UNDER_WAY:
         running.kill(signal.SIGKILL)
     UNDER_WAY.clear()
+
+
+@pytest.fixture
+def checkout(tmp_path) -> Path:
+    """A copy of the project in which run.sh makes runs/."""
+    for name in ("run.sh", "requirements.txt", *(file.name for file in ROOT.glob("*.py"))):
+        shutil.copy(ROOT / name, tmp_path)
+    return tmp_path
 
 
 @pytest.fixture(scope="session")

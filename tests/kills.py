@@ -48,7 +48,7 @@ def kill_and_compare(cwd: Path, kills: int, flags: list[str], seed: int = 0) -> 
     """Train undisturbed and killed `kills` times, evenly over the steps; `different` names what is not the same bits."""
     draw = random.Random(seed)
     began = time.monotonic()
-    assert run(cwd, "train_prx.py", *flags, "--name=whole", patience=DAY).status == 0
+    assert run(cwd, "train_prx.py", *flags, "--name=whole", seconds=DAY).status == 0
     whole, broken = cwd / "runs/whole", cwd / "runs/broken"
     steps = max(curve(whole))
     seen = {"source": SOURCE_HASH[:12], "steps": steps, "seconds_undisturbed": round(time.monotonic() - began), "kills": 0, "kills_while_a_checkpoint_was_written": 0,
@@ -79,7 +79,7 @@ def main(argv: list[str]) -> None:
     args, flags = parser.parse_known_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         if not any(flag.startswith("--data=") for flag in flags):
-            made = run(Path(folder), "scenes.py", "make", "--out=data/demo", "--rows=20000", "--size=32", patience=DAY)
+            made = run(Path(folder), "scenes.py", "make", "--out=data/demo", "--rows=20000", "--size=32", seconds=DAY)
             if made.status:
                 raise UserError(f"cannot make scenes: {made.stderr.strip()}")
         flags = [f"--data={Path(flag.removeprefix('--data=')).resolve()}" if flag.startswith("--data=") else flag for flag in flags]

@@ -19,6 +19,8 @@ import ablate  # noqa: E402
 from ablate import Arm, Outcome, outcome, parse_arm, plot, spread, table  # noqa: E402
 from rules import TRACKS  # noqa: E402
 
+pytestmark = pytest.mark.machinery
+
 FLAGS = " ".join([*TINY[1:], "--stages=64:4:8:1", "--data=data/race", "--score_n=4"])
 
 
@@ -27,6 +29,7 @@ def log_of(folder: Path) -> dict:
     return json.loads(next(line for line in (folder / "log.txt").read_text().splitlines() if line.startswith("config "))[7:])
 
 
+@pytest.mark.slow
 def test_an_arm_changes_what_it_names_and_finished_runs_are_kept(tmp_path, monkeypatch, capsys):
     def forked(folder: Path, flags: list[str], threads: int) -> None:
         """ablate.train, from a process that has imported torch."""

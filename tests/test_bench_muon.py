@@ -14,6 +14,8 @@ from benchmarks import muon as bench
 from muon import newton_schulz_cost
 from shards import UserError
 
+pytestmark = pytest.mark.machinery
+
 TINY = ["--preset=demo", "--width=16", "--rounds=1"]
 
 
@@ -28,6 +30,7 @@ def as_before(monkeypatch):
         dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_the_table_of_ranks_has_every_arm(monkeypatch, capsys):
     """One matrix of each shape. To compile muon-fsdp2's loop would take longer than all the rest."""
     monkeypatch.setattr(bench, "missing", lambda name, device: "time" * (name == "muon-fsdp2"))

@@ -23,6 +23,8 @@ from benchmarks.plan import newton_schulz_loads, parameter_groups
 from shards import UserError
 from train_prx import EMA, PRESETS, Config, Frozen, Stage, build_model, build_optimizer, parse_config, run_main, train_step
 
+pytestmark = pytest.mark.machinery
+
 # (replicas, shards, rank); at width 20 no matrix has a multiple of 8 rows, and biases and norms have fewer than 8 numbers
 MESHES = [(1, 8, 5), (4, 8, 19)]
 SMALL = Config(patch=8, bottleneck=12, width=20, depth=3, heads=1, text_dim=6, text_tokens=4, micro_batch=2, chunks_at_once=1,

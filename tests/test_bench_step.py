@@ -18,6 +18,8 @@ from benchmarks import step as bench  # noqa: E402
 from shards import UserError  # noqa: E402
 from train_prx import Config, Stage, load_frozen  # noqa: E402
 
+pytestmark = pytest.mark.parity
+
 CPU = torch.device("cpu")
 STAGE = Stage(32, 100, 8, True)
 SMALL = Config(stages=(STAGE,), patch=8, bottleneck=16, width=64, depth=4, heads=2, text_dim=24, text_tokens=12, micro_batch=8,
@@ -26,6 +28,7 @@ FLAGS = ["--preset=demo", "--compile=0", "--width=32", "--depth=3", "--heads=2",
          "--batch=4", "--rounds=1", "--steps=2", "--warmup=1"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["diffusers-routed", "diffusers"])
 def test_an_arm_computes_our_loss_and_gradients_with_all_four_terms(networks, name):
     """Relative difference of the losses below 1e-5, cosines of the gradients above 1 - 1e-8; one matrix 10% off is noticed."""
@@ -45,6 +48,7 @@ def test_an_arm_computes_our_loss_and_gradients_with_all_four_terms(networks, na
             bench.compare(ours, theirs, batch)
 
 
+@pytest.mark.slow
 def test_the_table_has_every_arm_and_each_part(tmp_path):
     result = run(tmp_path, "benchmarks/step.py", *FLAGS, "--parts")
     assert result.status == 0, result
@@ -54,6 +58,7 @@ def test_the_table_has_every_arm_and_each_part(tmp_path):
         assert re.search(rf"^  {part} +[\d.]+ ms +[\d.]+ (TFLOP|GB)", result.stdout, re.M), (part, result)
 
 
+@pytest.mark.slow
 def test_a_rank_of_32_takes_its_own_chunks_and_its_share_of_muon(tmp_path):
     result = run(tmp_path, "benchmarks/step.py", *FLAGS, "--arms=ours", "--ranks=32", "--rank=9")
     assert result.status == 0 and "4 images a step in chunks of 2" in result.stdout and "rank 9 of 32" in result.stdout, result

@@ -22,6 +22,8 @@ pytest.importorskip("matplotlib")
 from curves import draw_curves, figure_of  # noqa: E402
 from shards import UserError  # noqa: E402
 
+pytestmark = pytest.mark.machinery
+
 DEMO = ROOT / "records/demo"
 TERMS = ["loss", "flow", "lpips", "pdino", "repa"]
 SCORES = {"cmmd": "CMMD", "mmd": "DINO-MMD", "fdd": "FDD", "fid": "FID"}  # name -> title
@@ -226,6 +228,7 @@ def test_folders_of_one_name_are_told_apart_by_their_paths(tmp_path, monkeypatch
 # The picture
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("names", [
     ["demo"], ["scenes"], ["a", "b", "c"], [f"some-name-{i}" for i in range(10)], ["W" * 200, "m" * 90, "n"],
@@ -264,6 +267,7 @@ def test_the_picture_is_a_white_png_of_three_columns(tmp_path):
         assert picture.convert("RGB").getpixel((2, 2)) == (255, 255, 255)
 
 
+@pytest.mark.slow
 def test_drawing_leaves_pyplot_and_the_backend_alone(tmp_path):
     code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); import curves; from pathlib import Path\n"
             "assert 'matplotlib' not in sys.modules, 'imported with curves'\n"

@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+from conftest import patience
 from datasets import Value, load_from_disk
 from filelock import FileLock
 from PIL import Image, ImageOps, JpegImagePlugin
@@ -26,6 +27,8 @@ sys.path.insert(0, str(ROOT))
 
 import data_prep  # noqa: E402
 from shards import UserError, is_held_out  # noqa: E402
+
+pytestmark = pytest.mark.machinery
 
 
 def picture(seed: int, width: int = 160, height: int = 120) -> Image.Image:
@@ -328,6 +331,7 @@ def test_two_processes_cannot_write_one_folder(tmp_path):
         build(folder, tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line_and_what_was_done_is_kept(tmp_path):
     def noise(seed: int) -> Image.Image:  # which does not compress
         return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (64, 64, 3), np.uint8))
@@ -336,14 +340,14 @@ def test_a_full_disk_is_one_line_and_what_was_done_is_kept(tmp_path):
     command = [sys.executable, "-c", "import data_prep; data_prep.ROWS_A_PART = 3; data_prep.run_main(data_prep.main)", "build",
                f"--source={folder}", f"--out={tmp_path / 'out'}", "--format=png", "--size=64", "--workers=1"]
     room = 2 * len(encoded(noise(0), "PNG"))
-    full = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120,
+    full = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=patience(),
                           preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (room, room)))
     last = full.stderr.strip().splitlines()[-1]
     assert full.returncode == 2 and "Traceback" not in full.stderr, full
     assert last.startswith("error: cannot write") and "the same command continues" in last
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.partial", "pictures"]
     assert len(list((tmp_path / "out.partial/parts").glob("[0-9]*"))) == 3
-    assert subprocess.run(command, cwd=ROOT, timeout=120).returncode == 0
+    assert subprocess.run(command, cwd=ROOT, timeout=patience()).returncode == 0
     assert len(rows_of(tmp_path / "out", 64)) == 12
 
 

@@ -20,6 +20,8 @@ sys.path.insert(0, str(ROOT))
 
 from train_prx import PRX, Config, add_noise, generate, sample_timesteps, shift_t, velocity  # noqa: E402
 
+pytestmark = pytest.mark.parity
+
 N_SAMPLES = 100_000
 
 

@@ -25,6 +25,8 @@ sys.path.insert(0, str(ROOT))
 import train_prx  # noqa: E402
 from train_prx import Config, Frozen, Stage, gather_tokens, parse_config, velocity  # noqa: E402
 
+pytestmark = pytest.mark.machinery
+
 LEVERS = {  # patch -> flags of a run of three steps, and the first step whose loss is another than without the patch
     "contrastive": ([], 1),
     "dense_late": (["--route_until=0.5"], 3),
@@ -131,6 +133,7 @@ def unpatched(flags, tmp_path_factory) -> dict[int, float]:
     return train("train_prx.py", tmp_path_factory.mktemp("unpatched"), *flags)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lever", PATCHES)
 def test_a_patch_trains_and_changes_the_loss_from_where_it_acts(lever, flags, unpatched, tmp_path):
     more, first = LEVERS[lever]
@@ -138,6 +141,7 @@ def test_a_patch_trains_and_changes_the_loss_from_where_it_acts(lever, flags, un
     assert [*losses] == [1, 2, 3] and [step for step in losses if losses[step] != unpatched[step]] == [*range(first, 4)]
 
 
+@pytest.mark.slow
 def test_all_levers_together_train_on_two_ranks_as_on_one(flags, tmp_path):
     (tmp_path / "two").mkdir()
     script, more = apply(PATCHES, tmp_path), [flag for lever in PATCHES for flag in LEVERS[lever][0]]
@@ -297,6 +301,7 @@ def test_gated_attention_turns_each_head_of_each_token_up_or_down(patched):
         hook.remove()
 
 
+@pytest.mark.slow
 def test_dense_late_trains_as_without_routing(flags, tmp_path):
     """From step 0 on, it is --drop=0, to the bit."""
     (tmp_path / "never").mkdir()

@@ -27,6 +27,8 @@ sys.path.insert(0, str(ROOT))
 from train_prx import (PRX, BuiltinText, Config, Dino, Frozen, Stage, T5GemmaText, UserError, gather_tokens,  # noqa: E402
                        load_frozen, load_lpips, load_text_encoder, term_names, training_loss, velocity)
 
+pytestmark = pytest.mark.parity
+
 CPU = torch.device("cpu")
 TINY = Config(patch=4, bottleneck=16, width=48, depth=4, heads=3, text_dim=20, text_tokens=7, route_start=1, route_end=-1,
               repa_depth=2, repa_dim=48, precision="fp32", compile=False, text_encoder="builtin")

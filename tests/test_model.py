@@ -31,6 +31,8 @@ from train_prx import (PRX, Config, Keys, RMSNorm, Text, apply_rotary, build_mod
                        draw_ids_keep, gather_tokens, rotary_table)
 from weights import from_diffusers, to_diffusers  # noqa: E402
 
+pytestmark = pytest.mark.parity
+
 TINY = Config(patch=4, bottleneck=12, width=48, depth=6, heads=3, text_dim=20, text_tokens=7, route_start=1, route_end=-1,
               repa_depth=3, repa_dim=10, precision="fp32", compile=False)
 SIZES = [(16, 16), (8, 24), (20, 12)]
@@ -94,6 +96,7 @@ def record_model() -> PRX:
         return PRX(Config())
 
 
+@pytest.mark.recipe
 def test_the_record_has_1_177_215_744_parameters_besides_the_projector(record_model):
     sizes = {name: p.numel() for name, p in record_model.named_parameters()}
     assert sum(n for name, n in sizes.items() if not name.startswith("repa_projector.")) == 1_177_215_744
@@ -101,6 +104,7 @@ def test_the_record_has_1_177_215_744_parameters_besides_the_projector(record_mo
     assert sum(n for name, n in sizes.items() if name.startswith("repa_projector.")) == 1792 * 1024 + 2 * 1024**2 + 3 * 1024
 
 
+@pytest.mark.recipe
 def test_112_matrices_with_1_156_055_040_elements_belong_to_muon_and_everything_else_to_adam(record_model):
     muon, adam = build_optimizer(record_model, Config()).param_groups
     assert muon["use_muon"] and not adam["use_muon"]
@@ -112,6 +116,7 @@ def test_112_matrices_with_1_156_055_040_elements_belong_to_muon_and_everything_
     assert (adam["lr"], adam["betas"], adam["eps"], adam["weight_decay"]) == (1e-4, (0.9, 0.95), 1e-8, 0)
 
 
+@pytest.mark.recipe
 def test_parameter_names_are_those_of_the_public_checkpoints(record_model):
     outside = ["img_in.0", "img_in.1", "time_in.in_layer", "time_in.out_layer", "txt_in", "final_layer.linear",
                "final_layer.adaLN_modulation.1"]  # linear layers with bias

@@ -16,6 +16,8 @@ from PIL import Image
 
 from shards import is_held_out
 
+pytestmark = pytest.mark.machinery
+
 PHOTOS = {  # files that scikit-image carries, none of which `is_held_out`
     "astronaut.png": "a smiling astronaut in an orange suit before a flag",
     "camera.png": "a man in a dark coat behind a camera on a tripod",
@@ -74,6 +76,7 @@ def distances(pictures: np.ndarray, photos: np.ndarray) -> np.ndarray:
     return np.square(a[:, None] - b[None]).mean(2)
 
 
+@pytest.mark.slow
 def test_each_caption_draws_its_own_photograph(drawn):
     photos, pictures = drawn
     far = distances(pictures, photos)
@@ -83,6 +86,7 @@ def test_each_caption_draws_its_own_photograph(drawn):
     assert np.median(distances(photos, photos)[~np.eye(12, dtype=bool)]) > 1.5, "which no two photographs are"
 
 
+@pytest.mark.slow
 def test_the_pictures_have_the_photographs_colours(drawn):
     photos, pictures = (images.astype(float).mean(axis=(1, 2)) for images in drawn)  # [12, 3]
     assert (np.abs(photos - pictures).max(axis=1) < 25).sum() >= 11

@@ -23,6 +23,8 @@ import plan  # noqa: E402
 from muon import newton_schulz_cost  # noqa: E402
 from train_prx import PRESETS, Config, parse_config  # noqa: E402
 
+pytestmark = pytest.mark.machinery
+
 RECORD = PRESETS["record"]
 
 
@@ -50,6 +52,7 @@ def record(tmp_path_factory):
     return result.stdout, folder, time.monotonic() - begun
 
 
+@pytest.mark.recipe
 def test_flop_are_those_counted_on_the_public_model(record):
     _, first, second = re.split(r"^Stage \d: ", record[0], flags=re.MULTILINE)  # what follows the stages has other names
     first, second = numbers(first), numbers(second)
@@ -64,6 +67,7 @@ def test_flop_are_those_counted_on_the_public_model(record):
     assert second["frozen networks"][0] == pytest.approx(2 * (303 + 86.6 + 14.7), rel=0.01)
 
 
+@pytest.mark.recipe
 def test_flop_without_routing_are_those_of_the_dense_model():
     cfg = replace(RECORD, drop=0.0, frozen="none", micro_batch=2)
     assert plan.count_stage(cfg, cfg.stages[0])[0]["denoiser"] / 1e9 == pytest.approx(1363, rel=0.01)
@@ -81,6 +85,7 @@ def test_activations_are_what_autograd_keeps_without_weights_and_scores():
     assert watch.frozen_bytes() == 4 * (8 * 8 + 8)
 
 
+@pytest.mark.slow
 def test_bytes_counted_are_those_that_a_run_writes(tiny, tmp_path):
     flags = [*tiny, "--save_every=2", "--keep=2", "--keep_every=10"]
     folder = train(tmp_path, *flags)
@@ -139,6 +144,7 @@ def test_a_tiny_run_is_measured_and_ready(tiny, data, tmp_path):
     assert 0 < chunk[0] < 1000  # ms; it takes about 10
 
 
+@pytest.mark.slow
 def test_ranks_share_chunks_and_own_matrices_in_the_measured_time(tiny, tmp_path):
     result = run(tmp_path, "benchmarks/plan.py", *tiny, "--stages=32:20000:16:1", "--gpus=4", "--gpus_a_node=2")
     found = numbers(result.stdout)
@@ -265,6 +271,8 @@ def one_rank(folder, body: str, rank: int, world: int, shards: int, depth: int) 
     return json.loads(result.stdout.splitlines()[-1])
 
 
+@pytest.mark.recipe
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [8, 32, 256])
 def test_newton_schulz_is_balanced_and_state_is_cut_evenly(world, tmp_path):
     found = one_rank(tmp_path, SHARDS, 0, world, 8, 16)
@@ -291,6 +299,7 @@ def test_slices_of_uneven_rows_differ_by_rounding_only(tmp_path):
     assert last["weights"] < first["whole"] / 11 < first["weights"] == held < 1.01 * first["whole"] / 11
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [32, 256])
 def test_the_optimizer_takes_far_less_memory_than_a_whole_model(tmp_path, world):
     found = one_rank(tmp_path, STEP, 0, world, 8, 6)  # rank 0 owns the largest matrix

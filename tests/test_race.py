@@ -22,6 +22,8 @@ import train_prx
 from conftest import ROOT, TINY, run, start
 from rules import CHECKS, TRACKS, Refusal, load_record, load_run, parse_log
 
+pytestmark = pytest.mark.machinery
+
 ENTRY = {**train_prx.SOURCES, "train_prx.py": train_prx.SOURCES["train_prx.py"].replace("nanoPRX: train", "nanoPRX, faster: train")}
 FLAGS = [*TINY[1:], "--stages=32:10:16:1", "--micro_batch=16", "--log_every=2", "--data=data/tiny"]
 DEMO = TRACKS["demo"]  # as it is published
@@ -154,6 +156,7 @@ def claim_again(record: Path, drop: tuple[str, ...] = ()) -> None:
 # verify: yes
 
 
+@pytest.mark.slow
 def test_an_honest_record_is_trained_again_and_accepted(records, monkeypatch, capsys):
     monkeypatch.setattr(race, "RATIO_SPREAD", 10)  # runs of a quarter of a second: their ratio is noise
     TRAINED.clear()
@@ -400,6 +403,7 @@ def test_scores_that_were_edited_everywhere_do_not_reproduce(copy, monkeypatch, 
     assert lines[-2].startswith("the re-run executes the record's code")
 
 
+@pytest.mark.slow
 def test_a_recipe_that_bends_its_clock_is_caught_by_the_stopwatch(copy, monkeypatch, capsys):
     """Its clock runs at half speed, in every line that it logs; each of 6 steps takes 0.25 s more, so that 0.75 s are bent."""
     without_baseline(copy, monkeypatch)

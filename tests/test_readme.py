@@ -3,6 +3,10 @@
 import re
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.machinery
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 

@@ -21,7 +21,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, curve, run, train
+from conftest import ROOT, TINY, curve, our_lines, run, train
 from datasets import load_from_disk
 from PIL import Image
 
@@ -29,6 +29,8 @@ import scenes
 from scenes import (
     BACKGROUNDS, COLOURS, LEVELS, PLACES, SHAPES, SIZES, Scene, SceneObject, caption, make_scenes, relation, render,
     score_scenes, token_labels)
+
+pytestmark = pytest.mark.machinery
 
 SIZE = {"demo": 32, "race": 64, "solo": 256}  # px, the presets'
 N = {"demo": 512, "race": 256, "solo": 32}    # held-out scenes that the scorer's claims are measured on
@@ -528,9 +530,9 @@ def mistake(capsys, monkeypatch, *flags: str) -> str:
     monkeypatch.setattr(sys, "argv", ["scenes.py", *flags])
     with pytest.raises(SystemExit) as stop:
         run_main(scenes.main)
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.count("\n") == 1
-    return error
+    errors = our_lines(capsys.readouterr().err)
+    assert stop.value.code == 2 and len(errors) == 1, errors
+    return errors[0]
 
 
 def test_make_writes_what_load_from_disk_opens(tmp_path, monkeypatch, capsys):

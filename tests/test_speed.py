@@ -23,6 +23,8 @@ import train_prx  # noqa: E402
 from train_prx import (EMA, PRX, Config, Frozen, Meter, Stage, build_model, build_optimizer, generate, load_frozen,  # noqa: E402
                        term_names, train_step, training_loss)
 
+pytestmark = pytest.mark.machinery
+
 STAGE = Stage(32, 100, 8, True)
 SMALL = Config(stages=(STAGE,), patch=8, bottleneck=16, width=64, depth=4, heads=2, text_dim=24, text_tokens=12, micro_batch=4,
                route_start=1, repa_depth=2, repa_dim=24, frozen="random", precision="fp32", compile=False, chunks_at_once=2)
@@ -137,6 +139,7 @@ def test_the_forward_for_a_gpu_stays_on_it(monkeypatch):
 # The compiler
 
 
+@pytest.mark.slow
 def test_a_compiled_step_has_no_graph_break_and_one_compilation_for_every_length_of_text(run_steps):
     """Two graphs, routed and dense, for four batches of as many lengths; a block that broke would raise (fullgraph)."""
     counters.clear()
