@@ -173,13 +173,16 @@ def train_missing(folder: Path, track: Track, seeds: int, base: Record | None, e
 
     Raises UserError or Refusal.
     """
-    from train_prx import SOURCES, config_to_json, parse_config
+    import torch
+
+    from train_prx import SOURCES, config_to_json, parse_config, resolve_precision
 
     if why_not := cannot_run(track):
         raise UserError(why_not)
     flags = [f"--preset={track.preset}", *extra, f"--score={track.scorer}", f"--score_n={track.score_n}",
              *(f"--{key}=0" for key in QUIET)]
-    config = config_to_json(parse_config(flags)[0])
+    device = torch.device("cuda" if torch.cuda.is_available() and not track.cores else "cpu")
+    config = config_to_json(resolve_precision(parse_config(flags)[0], device))
     check_rules("the working tree's recipe", config, track)
     if base and base.seeds[0].log.sources == SOURCES and not extra:
         raise UserError(f"the working tree's sources are those of {base.folder}: change train_prx.py first")

@@ -356,13 +356,13 @@ def gpu_trouble() -> str:
     return ""
 
 
-def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """This machine's processor, and whether it multiplies bf16 in hardware, as far as Linux says."""
+def describe_cpu(cpuinfo: Path = Path("/proc/cpuinfo")) -> tuple[str, bool]:
+    """This machine's processor, and whether it multiplies bf16 in hardware; both as far as Linux says."""
     info = cpuinfo.read_text() if cpuinfo.exists() else ""
     name = re.search(r"^model name\s*: (.+)", info, re.MULTILINE)
-    flags = set(re.findall(r"\w+", " ".join(re.findall(r"^(?:flags|Features)\s*:(.*)", info, re.MULTILINE)[:1])))
-    units = "with" if flags & {"avx512_bf16", "amx_bf16", "bf16"} else "without"
-    return f"{name[1] if name else platform.machine()} CPU {units} bf16 units"
+    flags = re.search(r"^(?:flags|Features)\s*:(.*)", info, re.MULTILINE)
+    units = {"avx512_bf16", "amx_bf16", "bf16"}  # of x86, and of Arm
+    return f"{name[1] if name else platform.machine()} CPU", bool(flags and units & set(flags[1].split()))
 
 
 def config_to_json(cfg: Config) -> dict:
@@ -1533,16 +1533,19 @@ def write_header(log: Log, cfg: Config, frozen: Frozen, model: PRX, data: dict, 
     for name, text in SOURCES.items():
         log.write(f"==== {name} sha256 {hashlib.sha256(text.encode()).hexdigest()}\n{text}====", console=False)
     log.write(f"config {json.dumps(config_to_json(cfg))}", console=False)
-    hardware = torch.cuda.get_device_name() if device.type == "cuda" else cpu_name()
+    cpu, has_bf16 = describe_cpu()
+    hardware = torch.cuda.get_device_name() if device.type == "cuda" else cpu
     log.write(f"{began:%Y-%m-%d %H:%M:%S}  python {platform.python_version()}  torch {torch.__version__}  "
               f"transformers {transformers.__version__}  datasets {datasets.__version__}  numpy {np.__version__}")
     log.write(f"{dist.get_world_size()} x {hardware}, {torch.get_num_threads()} threads; source {SOURCE_HASH[:12]}; "
-              f"run {cfg.name}, seed {cfg.seed}, computed in {cfg.precision}")
+              f"run {cfg.name}, seed {cfg.seed}, {cfg.precision}")
+    if device.type == "cpu":
+        log.write(f"computes in {cfg.precision} on a processor with{'' if has_bf16 else 'out'} bf16 units (AVX512-BF16, AMX)")
     if device.type == "cpu" and gpu_trouble():
         log.write(f"this machine's GPU is not used: {gpu_trouble()}")
     elif device.type == "cpu" and cfg.device == "auto":
         log.write("no GPU is visible: this run is on the CPU")
-    if device.type == "cpu" and cfg.precision == "bf16" and "without bf16" in cpu_name():
+    if device.type == "cpu" and cfg.precision == "bf16" and not has_bf16:
         log.write("WARNING --precision=bf16 is emulated on this processor: a step of the demo took 16 times as long as in fp32")
     for folder, found in data.items():
         if cfg.frozen == "scene" and folder == scene_teacher(cfg):

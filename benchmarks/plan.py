@@ -35,7 +35,7 @@ from data_prep import SETS  # noqa: E402
 from muon import Muon, assign_owners, local, newton_schulz_cost  # noqa: E402
 from shards import RowSet, UserError, read_manifest, text_folder  # noqa: E402
 from train_prx import (  # noqa: E402
-    EMA, PRESETS, PRX, Config, Frozen, Parser, Stage, build_model, build_optimizer, chunks_together, compiles, compute_dtype, cpu_name,
+    EMA, PRESETS, PRX, Config, Frozen, Parser, Stage, build_model, build_optimizer, chunks_together, compiles, compute_dtype, describe_cpu,
     last_step, load_frozen, parse_config, resolve_precision, run_main, stage_spans, train_step, training_loss)
 from weights import FALLBACKS  # noqa: E402
 
@@ -205,7 +205,8 @@ def hardware(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name()
     threads = torch.get_num_threads()
-    return f"{cpu_name()}, {threads} thread{'s' * (threads > 1)}"
+    name, has_bf16 = describe_cpu()
+    return f"{name}, {threads} thread{'s' * (threads > 1)}, with{'' if has_bf16 else 'out'} bf16 units"
 
 
 def matmul_rate(cfg: Config) -> float:

@@ -23,7 +23,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import train_prx
 from command_line import hush_libraries
-from train_prx import PRESETS, Config, build_model, build_optimizer, compute_dtype, cpu_name, load_frozen, load_text_encoder
+from train_prx import PRESETS, Config, build_model, build_optimizer, compute_dtype, describe_cpu, load_frozen, load_text_encoder
 
 pytestmark = pytest.mark.machinery
 
@@ -79,7 +79,7 @@ def test_every_user_of_a_dtype_takes_the_one_answer(monkeypatch, networks, tmp_p
 def test_what_auto_means_is_part_of_a_runs_identity(tmp_path, tiny):
     folder = train(tmp_path, *tiny, "--max_steps=2")
     assert json.loads((last_checkpoint(folder) / "run.json").read_text())["config"]["precision"] == "fp32"
-    assert "computed in fp32" in (folder / "log.txt").read_text()
+    assert "computes in fp32 on a processor with" in (folder / "log.txt").read_text()
     message = run(tmp_path, "train_prx.py", *tiny, "--max_steps=3", "--precision=bf16").error()
     assert "runs/demo has another precision" in message
     train(tmp_path, *tiny, "--max_steps=3", "--precision=fp32")
@@ -87,29 +87,30 @@ def test_what_auto_means_is_part_of_a_runs_identity(tmp_path, tiny):
 
 
 CPUINFO = {  # what Linux says of a processor -> what we do
-    "model name\t: AMD EPYC 7763\nflags\t\t: fpu avx2 sha_ni": "AMD EPYC 7763 CPU without bf16 units",
-    "model name\t: Intel Xeon\nflags\t\t: avx512f avx512_bf16\n\nmodel name\t: Intel Xeon": "Intel Xeon CPU with bf16 units",
-    "model name\t: Intel Xeon\nflags\t\t: avx2 amx_bf16 amx_tile": "Intel Xeon CPU with bf16 units",
-    "model name\t: Intel Xeon\nflags\t\t: avx512f avx512_vnni": "Intel Xeon CPU without bf16 units",
-    "processor\t: 0\nFeatures\t: fp asimd i8mm bf16": "CPU with bf16 units",
-    "": "CPU without bf16 units",
+    "model name\t: AMD EPYC 7763\nflags\t\t: fpu avx2 sha_ni": ("AMD EPYC 7763 CPU", False),
+    "model name\t: Intel Xeon\nflags\t\t: avx512f avx512_bf16\n\nmodel name\t: Intel Xeon": ("Intel Xeon CPU", True),
+    "model name\t: Intel Xeon\nflags\t\t: avx2 amx_bf16 amx_tile": ("Intel Xeon CPU", True),
+    "model name\t: Intel Xeon\nflags\t\t: avx512f avx512_vnni": ("Intel Xeon CPU", False),
+    "processor\t: 0\nFeatures\t: fp asimd i8mm bf16": ("CPU", True),
+    "": ("CPU", False),
 }
 
 
 @pytest.mark.parametrize("info", CPUINFO)
 def test_the_processor_is_named_with_its_units(tmp_path, info):
     (tmp_path / "cpuinfo").write_text(info)
-    assert cpu_name(tmp_path / "cpuinfo").endswith(CPUINFO[info])
-    assert cpu_name(tmp_path / "nowhere").endswith("CPU without bf16 units")
+    name, has_bf16 = describe_cpu(tmp_path / "cpuinfo")
+    assert (name.endswith(CPUINFO[info][0]), has_bf16) == (True, CPUINFO[info][1])
+    assert not describe_cpu(tmp_path / "nowhere")[1]
 
 
 @pytest.mark.parametrize("units", ["with", "without"])
 def test_bf16_on_a_cpu_says_what_it_costs_where_the_units_are_missing(tmp_path, tiny, units):
     script = tmp_path / "cpu.py"
     script.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport train_prx\n"
-                      f"train_prx.cpu_name = lambda: 'a CPU {units} bf16 units'\ntrain_prx.run_main(train_prx.main)\n")
+                      f"train_prx.describe_cpu = lambda: ('a CPU', {units == 'with'})\ntrain_prx.run_main(train_prx.main)\n")
     result = run(tmp_path, script, *tiny, "--precision=bf16", "--max_steps=1")
-    assert result.status == 0 and f"1 x a CPU {units} bf16 units" in result.stdout
+    assert result.status == 0 and f"computes in bf16 on a processor {units} bf16 units" in result.stdout, result
     assert ("WARNING --precision=bf16 is emulated on this processor" in result.stdout) == (units == "without")
 
 
