@@ -52,7 +52,7 @@ from tqdm import tqdm
 from transformers import AutoConfig
 
 from shards import UserError, file_sha256, folder_revision, is_held_out, read_manifest, text_folder
-from train_prx import Config, Parser, T5GemmaText, run_main
+from train_prx import Config, Parser, T5GemmaText, run_main, usable_device
 from weights import load_pretrained
 
 
@@ -714,9 +714,8 @@ def embed(args) -> None:
     shards = {Path(shard).stem: args.data / shard for shard in manifest["shards"] if shard.startswith(f"{manifest['sizes'][0]}/")}
     records = {stem: folder / f"{stem}.json" for stem in ["prompts", *shards]}
     if not done:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
         encoder = T5GemmaText(replace(Config(), text_encoder=args.encoder, text_tokens=args.text_tokens),
-                              torch.device(device, int(os.environ.get("LOCAL_RANK", 0))))
+                              torch.device(usable_device(), int(os.environ.get("LOCAL_RANK", 0))))
         left = [stem for stem, record in records.items() if not record.exists()]
         captions = 2 * sum(manifest["shards"][f"{manifest['sizes'][0]}/{stem}.arrow"]["rows"] for stem in left if stem in shards)
         with tqdm(desc=str(folder), total=captions // int(os.environ.get("WORLD_SIZE", 1)), unit=" captions",

@@ -36,8 +36,8 @@ from exchange import export_diffusers, import_weights, read_checkpoint
 from metrics import METRICS, Scorer, gather_rows, level_of, my_share, rank_and_world, resample_weights, to_score
 from run_folder import draw_grid
 from shards import RowSet, file_sha256, read_manifest
-from train_prx import (PRESETS, PRX, Chunks, Config, Parser, TextEncoder, UserError, compiler_trouble, compute_dtype, draw, held_out_losses,
-                       load_text_encoder, run_main, sampling_settings, to_uint8)
+from train_prx import (PRESETS, PRX, Chunks, Config, Parser, TextEncoder, UserError, compiler_trouble, compute_dtype, draw,
+                       held_out_losses, load_text_encoder, run_main, sampling_settings, to_uint8, usable_device)
 from weights import weights_file
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -398,7 +398,7 @@ def add_sampling_flags(parser: Parser) -> None:
     parser.add_argument("--batch", type=positive, default=32, help="pictures at a time; changes no picture")
     parser.add_argument("--compile", type=int, choices=[0, 1], default=0, help="torch.compile the blocks: half a minute, then "
                         "faster; for hundreds of pictures")
-    parser.add_argument("--device", type=visible_device, default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    parser.add_argument("--device", type=visible_device, default=None, help="cpu or cuda (default: cuda where there is a GPU)")
 
 
 def build_parsers() -> dict[str, tuple[Parser, Callable]]:
@@ -459,7 +459,7 @@ def build_parsers() -> dict[str, tuple[Parser, Callable]]:
 def on_ranks(command: Callable) -> Callable:
     """`command(args, device)` as a function of args, on all ranks that torchrun started, or on one."""
     def run(args) -> None:
-        device, mesh = ranks.join(args.device == "cuda")
+        device, mesh = ranks.join((args.device or usable_device()) == "cuda")
         with ranks.together(mesh):
             try:
                 command(args, device)

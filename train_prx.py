@@ -340,7 +340,7 @@ def resolve_precision(cfg: Config, device: torch.device) -> Config:
 
 @functools.cache
 def gpu_trouble() -> str:
-    """Why torch cannot use a GPU that this machine has, in a line: "" where it can, or where there is none."""
+    """Why torch cannot use the GPU that this machine has, in a line; "" where it can, or where there is none."""
     if os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1"):  # hidden on purpose
         return ""
     with warnings.catch_warnings(record=True) as caught:  # torch says it once a process, and goes on without
@@ -354,6 +354,13 @@ def gpu_trouble() -> str:
     if listed or any(Path("/dev").glob("nvidia[0-9]*")):
         return f"its driver is too old for torch {torch.__version__}, or this torch is built without CUDA"
     return ""
+
+
+def usable_device() -> str:
+    """"cuda" where there is a GPU, else "cpu"; a GPU that cannot be used is said on stderr, on the first rank."""
+    if gpu_trouble() and os.environ.get("RANK", "0") == "0":
+        print(f"warning: this machine's GPU is not used: {gpu_trouble()}", file=sys.stderr)
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def describe_cpu(cpuinfo: Path = Path("/proc/cpuinfo")) -> tuple[str, bool]:

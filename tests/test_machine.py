@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import stat
 import subprocess
 import sys
@@ -267,6 +268,21 @@ def test_presets_for_gpus_never_train_on_the_cpu_because_a_driver_is_too_old(tmp
 def test_the_demo_trains_beside_such_a_driver_and_says_so(tmp_path, tiny, old_driver):
     result = run(tmp_path, old_driver, *tiny, "--max_steps=1", env={"CUDA_VISIBLE_DEVICES": "0"})
     assert result.status == 0 and "this machine's GPU is not used: The NVIDIA driver" in result.stdout, result
+
+
+@pytest.mark.parametrize("script, flags", [
+    ("data_prep.py", ["embed", "--data={data}", "--encoder={networks}/t5gemma"]),
+    ("sample.py", ["--checkpoint={run}", "--prompt=a red circle", "--steps=2"])])
+def test_commands_that_go_on_without_the_gpu_say_so(tmp_path, data, networks, tiny, script, flags):
+    shutil.copytree(data, tmp_path / "data")
+    folder = train(tmp_path, *tiny, "--max_steps=1") if script == "sample.py" else tmp_path
+    old = OLD_DRIVER.replace("import torch, train_prx", f"import torch, train_prx, {script[:-3]} as command").replace(
+        "train_prx.main", "command.main")
+    (tmp_path / "old.py").write_text(old.format(root=str(ROOT), listed=8))
+    flags = [flag.format(data=tmp_path / "data", networks=networks, run=folder) for flag in flags]
+    result = run(tmp_path, tmp_path / "old.py", *flags, env={"CUDA_VISIBLE_DEVICES": "0"})
+    assert result.status == 0 and len(result.ours()) == 1, result
+    assert result.ours()[0].startswith("warning: this machine's GPU is not used: The NVIDIA driver on your system is too old")
 
 
 def test_a_torch_that_lists_gpus_and_has_none_is_refused_too(tmp_path, tiny):
