@@ -4,6 +4,8 @@ import difflib
 import errno
 import logging
 import os
+import select
+import signal
 import sys
 import warnings
 from collections.abc import Callable
@@ -49,16 +51,27 @@ def hush_libraries() -> None:
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # of where its cache lies, without a home
 
 
+def nobody_reads() -> bool:
+    """Whether what reads our stdout or stderr has left."""
+    poll = select.poll()
+    for number in (1, 2):
+        poll.register(number, 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+
+
 def run_main(main: Callable[[list[str]], None], every_rank: bool = False) -> None:
-    """Run `main(argv)`; a UserError becomes one line, on rank 0 or on every rank, and exit status 2, not a traceback."""
+    """Run `main(argv)`; a UserError becomes one line, on a node's first rank or on every rank, and exit status 2, not a traceback."""
     hush_libraries()
     try:
         main(sys.argv[1:])
-    except BrokenPipeError:  # whoever read what is printed has left, such as `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
+        sys.stdout.flush()  # here, and not when Python ends, whose complaint nobody could answer
+    except BrokenPipeError:
+        if not nobody_reads():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(128 + signal.SIGPIPE)  # as other commands end in front of `| head`
     except UserError as error:
-        if every_rank or os.environ.get("RANK", "0") == "0" or "MASTER_ADDR" not in os.environ:
+        if every_rank or os.environ.get("LOCAL_RANK", "0") == "0":
             print("error:", *str(error).splitlines(), file=sys.stderr)
         sys.exit(2)
     except OSError as error:

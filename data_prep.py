@@ -51,8 +51,9 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import AutoConfig
 
+from ranks import from_launcher, world_size
 from shards import UserError, file_sha256, folder_revision, is_held_out, read_manifest, text_folder
-from train_prx import Config, Parser, T5GemmaText, run_main, usable_device
+from train_prx import Config, Parser, T5GemmaText, resolve_precision, run_main, usable_device
 from weights import load_pretrained
 
 
@@ -694,7 +695,9 @@ def embed(args) -> None:
     read_manifest(args.data)  # before the encoder, which may be a download, and a lock where there is no data
     name, revision = text_folder(args.encoder), encoder_revision(args.encoder)
     folder, begun = args.data / name, args.data / name / "settings.json"
-    settings = {"encoder": args.encoder, "revision": revision, "tokens": args.text_tokens, "dtype": "bfloat16"}
+    device = torch.device(usable_device(), from_launcher("LOCAL_RANK", 0))
+    computed = resolve_precision(Config(), device).precision  # whoever goes on where another machine began computes as it did
+    settings = {"encoder": args.encoder, "revision": revision, "tokens": args.text_tokens, "dtype": "bfloat16", "computed": computed}
 
     def manifest_lock():
         return locked(args.data / ".lock", folder, patience=60)
@@ -714,11 +717,11 @@ def embed(args) -> None:
     shards = {Path(shard).stem: args.data / shard for shard in manifest["shards"] if shard.startswith(f"{manifest['sizes'][0]}/")}
     records = {stem: folder / f"{stem}.json" for stem in ["prompts", *shards]}
     if not done:
-        encoder = T5GemmaText(replace(Config(), text_encoder=args.encoder, text_tokens=args.text_tokens),
-                              torch.device(usable_device(), int(os.environ.get("LOCAL_RANK", 0))))
+        cfg = Config(text_encoder=args.encoder, text_tokens=args.text_tokens, precision=stored.get("computed", computed))
+        encoder = T5GemmaText(cfg, device)
         left = [stem for stem, record in records.items() if not record.exists()]
         captions = 2 * sum(manifest["shards"][f"{manifest['sizes'][0]}/{stem}.arrow"]["rows"] for stem in left if stem in shards)
-        with tqdm(desc=str(folder), total=captions // int(os.environ.get("WORLD_SIZE", 1)), unit=" captions",
+        with tqdm(desc=str(folder), total=captions // world_size(), unit=" captions",
                   disable=os.environ.get("RANK", "0") != "0") as bar:
             for stem in left:
                 if begun.exists() and not records[stem].exists():
@@ -729,7 +732,7 @@ def embed(args) -> None:
             if not all(record.exists() for record in records.values()):
                 return  # other processes are at work on the rest, and the last of them ends this
             files = {f"{stem}.safetensors": json.loads(record.read_text()) for stem, record in records.items()}
-            manifest.setdefault("text", {})[name] = {**settings, "dim": encoder.dim, "shards": files}
+            manifest.setdefault("text", {})[name] = {**settings, "computed": cfg.precision, "dim": encoder.dim, "shards": files}
             write_json(args.data / "manifest.json", manifest)
         for rest in [begun, *records.values(), *folder.glob(".*")]:  # and what a killed command has left
             rest.unlink(missing_ok=True)

@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn, TypeVar
@@ -54,11 +55,11 @@ def join(use_cuda: bool) -> tuple[torch.device, DeviceMesh]:
 
     Raises UserError where nodes have started different numbers of ranks.
     """
-    rank, world = rank_and_world()
-    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", world))
-    if world % per_node:
+    rank, world = rank_from_launcher()
+    per_node = from_launcher("LOCAL_WORLD_SIZE", world) if world > 1 else 1
+    if world % max(1, per_node):
         raise UserError(f"{world} ranks in all, but {per_node} on this node: every node must start equally many")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if use_cuda else torch.device("cpu")
+    device = torch.device("cuda", from_launcher("LOCAL_RANK", 0)) if use_cuda else torch.device("cpu")
     if use_cuda:
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
@@ -69,15 +70,22 @@ def join(use_cuda: bool) -> tuple[torch.device, DeviceMesh]:
     return device, init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
 
 
+def from_launcher(name: str, default: int) -> int:
+    """A number that a launcher puts into the environment; raises UserError where it is none."""
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal():
+        raise UserError(f"{name}={text} is no number; without a launcher, `unset {name}`")
+    return int(text)
+
+
 def world_size() -> int:
-    """How many ranks the environment promises; 1 without a launcher. Raises UserError where that is no number."""
-    world = os.environ.get("WORLD_SIZE", "1")
-    if not world.isdecimal() or int(world) < 1:
-        raise UserError(f"WORLD_SIZE={world} is no number of ranks; without a launcher, `unset RANK WORLD_SIZE`")
-    return int(world)
+    """How many ranks the environment promises; 1 without a launcher. Raises UserError where that is no number of ranks."""
+    if world := from_launcher("WORLD_SIZE", 1):
+        return world
+    raise UserError("WORLD_SIZE=0 is no number of ranks; without a launcher, `unset WORLD_SIZE`")
 
 
-def rank_and_world() -> tuple[int, int]:
+def rank_from_launcher() -> tuple[int, int]:
     """This process's rank and how many there are; (0, 1) without a launcher.
 
     Raises UserError where the environment names ranks that could not find each other.
@@ -138,6 +146,21 @@ def from_rank_0(make: Callable[[], T]) -> T:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Comparing
+
+
+def of_all(value: T) -> list[T]:
+    """Every rank's value, on every rank. Collective."""
+    values: list = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def agree(value: object, message: str) -> None:
+    """Raise UserError, on every rank, where the ranks' values differ. Collective."""
+    values = of_all(value)
+    if any(other != values[0] for other in values):
+        found = ", ".join(f"{other} on rank {rank}" for rank, other in enumerate(values))
+        raise UserError(f"ranks differ ({found}): {message}")
 
 
 def drifted_ranks(tensors: dict[str, Tensor], mesh: DeviceMesh) -> dict[int, str]:
@@ -307,6 +330,7 @@ def launch(argv: list[str]) -> NoReturn:
     from torch.distributed import run as torchrun
 
     logging.disable(logging.ERROR)  # torchrun's reports of every rank, after the message that counts
+    warnings.filterwarnings("ignore", "CUDA initialization: ", UserWarning)  # of a driver that is too old: the ranks say it
     for number in SIGNALS:
         signal.signal(number, pass_on)
     args = torchrun.parse_args(["--signals-to-handle=SIGINT,SIGHUP,SIGQUIT", *argv])

@@ -80,6 +80,7 @@ TRACKS = {
         fixed=("scenes.py", "metrics.py", "shards.py"), cores=0, gpus=0, ratio=False, reruns=False, unit=("h", 3600)),
 }
 EARLIER = {  # sha256 of an earlier version of a fixed source that scores alike -> what is different in it
+    "2bd466a730d2e53778193af34a6dd86c9884745f9b429ba3af4e767fc315c626": "scenes.py trained its teacher with products in bf16",
     "d3b48d3b6efb48c0397a7f0a72d05a04d4ed05319b7f0c4dbaee0ff6c4b33abc": "metrics.py gathered features by a function that torch 2.14 calls deprecated",
 }
 

@@ -48,12 +48,13 @@ set_up() {
     if has "$PYTHON" - "$@"; then return; fi
     python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' || fail "Python 3.10 or newer is needed, not $(python3 -V)"
     PYTHON=.venv/bin/python
-    if cmp -s requirements.lock .venv/requirements.lock; then return; fi
+    if [ -x "$PYTHON" ] && cmp -s requirements.lock .venv/requirements.lock; then return; fi
     exec 9>.venv.lock
     if command -v flock >/dev/null; then flock 9; fi  # several nodes or shells may start at once: one installs, the others wait
-    if ! cmp -s requirements.lock .venv/requirements.lock; then
+    if ! { [ -x "$PYTHON" ] && cmp -s requirements.lock .venv/requirements.lock; }; then
         echo "setting up .venv from requirements.lock (PyTorch is a download of several GB)"
-        [ -x "$PYTHON" ] || python3 -m venv .venv || fail "python3 -m venv does not work; on Debian: apt install python3-venv"
+        "$PYTHON" -m pip --version >/dev/null 2>&1 || python3 -m venv --clear .venv ||
+            fail "python3 -m venv does not work; on Debian: apt install python3-venv"
         "$PYTHON" -m pip install --quiet --require-hashes -r requirements.lock || fail "pip could not install requirements.lock; its message is above"
         cp requirements.lock .venv/  # last: it says that all is there
     fi
@@ -80,6 +81,10 @@ supervise() {
 train() {
     local gpus processes nodes=${NNODES:-${SLURM_NNODES:-1}} where=()
     gpus=$(count_gpus)
+    case " $* " in
+        *" --preset=demo "* | *" --preset=race "* | *" --device=cpu "*) gpus=0 ;;  # for the CPU, by one process
+        *" --preset=solo "*) gpus=$((gpus > 3 ? 4 : gpus == 3 ? 2 : gpus)) ;;  # whose step has 4 chunks
+    esac
     processes=${NPROC_PER_NODE:-$((gpus > 0 ? gpus : 1))}
     if [ "$nodes" -gt 1 ]; then
         local head=${MASTER_ADDR:-$(scontrol show hostnames "${SLURM_JOB_NODELIST:-}" 2>/dev/null | head -n 1)}
@@ -97,6 +102,7 @@ train() {
 # A preset on the scenes of the level of its name: data and teacher if they are missing, training, score and grid.
 scenes() {
     local preset=$1 size=$2 score_every=$3 name=$1; shift 3
+    "$PYTHON" -c 'from train_prx import *; run_main(lambda flags: check_gpu(parse_config(flags)[0]))' --preset="$preset" "$@"
     [ -e "data/$preset" ] || "$PYTHON" scenes.py make --out="data/$preset" --rows=20000 --size="$size" --level="$preset"
     for flag in "$@"; do
         case $flag in
@@ -142,9 +148,11 @@ case $command in
     test)
         set_up requirements.txt tests/requirements.txt
         shift
-        which=(-m "not slow")
-        if [ "${1:-}" = --all ]; then which=(-m "slow or not slow"); shift; fi
-        "$PYTHON" -m pytest -q -n 2 --dist=loadfile --no-loadscope-reorder "${which[@]}" "$@" tests ;;  # two files at a time
+        flags=(-m "not slow")
+        for flag in "$@"; do
+            if [ "$flag" = --all ]; then flags+=(-m "slow or not slow"); else flags+=("$flag"); fi
+        done
+        "$PYTHON" -m pytest -q -n 2 --dist=loadfile --no-loadscope-reorder "${flags[@]}" tests ;;  # two files at a time
     auto)
         set_up requirements.txt
         gpus=$(count_gpus)

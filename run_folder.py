@@ -304,8 +304,8 @@ class Log:
             if console:
                 try:
                     print(text, flush=True)
-                except BrokenPipeError:  # whoever read along has left, such as `| head`; the log has it all
-                    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                except OSError:  # whoever read along has left, such as `| head`, or a disk is full; the log has it all
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
     def metrics(self, step: int, **values) -> None:
         """A line of metrics.jsonl."""

@@ -36,7 +36,7 @@ from exchange import export_diffusers, import_weights, read_checkpoint
 from metrics import METRICS, Scorer, gather_rows, level_of, my_share, rank_and_world, resample_weights, to_score
 from run_folder import draw_grid
 from shards import RowSet, file_sha256, read_manifest
-from train_prx import (PRESETS, PRX, Chunks, Config, Parser, TextEncoder, UserError, compiler_trouble, compute_dtype, draw,
+from train_prx import (PRESETS, PRX, Chunks, Config, Parser, TextEncoder, UserError, compiler_trouble, compute_dtype, draw, gpu_trouble,
                        held_out_losses, load_text_encoder, run_main, sampling_settings, to_uint8, usable_device)
 from weights import weights_file
 
@@ -377,9 +377,10 @@ def seed_list(text: str) -> list[int]:
 
 def visible_device(text: str) -> str:
     """cpu, or cuda where there is one."""
+    trouble = gpu_trouble() or "no GPU is visible"
     if text == "cpu" or (text == "cuda" and torch.cuda.is_available()):
         return text
-    raise ArgumentTypeError(f"{text!r} is not cpu, nor cuda with a visible GPU")
+    raise ArgumentTypeError(f"{text!r} is not cpu, nor cuda here: {trouble}")
 
 
 def add_sampling_flags(parser: Parser) -> None:

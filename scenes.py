@@ -495,6 +495,7 @@ def train_teacher(data: Path, steps: int, seed: int, batch: int = 64) -> str:
     from metrics import IMAGENET, level_of
     from muon import Muon
     from shards import UserError, file_sha256, read_manifest
+    from train_prx import Config, compute_dtype, usable_device
 
     manifest, out = read_manifest(data), data / "teacher"
     if not manifest.get("source", "").startswith("scenes:"):
@@ -508,11 +509,12 @@ def train_teacher(data: Path, steps: int, seed: int, batch: int = 64) -> str:
     model = Dinov2WithRegistersModel(Dinov2WithRegistersConfig(
         hidden_size=TEACHER_DIM, num_hidden_layers=3, num_attention_heads=3, image_size=size, patch_size=patch))
     head = torch.nn.Linear(TEACHER_DIM, sum(counts))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(usable_device())
     model, head = model.to(device).train(), head.to(device)
     mean, std = (torch.tensor(x, device=device)[:, None, None] for x in IMAGENET)
     parameters = {p: p.ndim == 2 and "encoder" in name for name, p in [*model.named_parameters(), *head.named_parameters()]}
-    optimizer = Muon([{"params": [p for p, muon in parameters.items() if muon], "use_muon": True, "lr": 1e-2},
+    optimizer = Muon([{"params": [p for p, muon in parameters.items() if muon], "use_muon": True, "lr": 1e-2,
+                       "ns_dtype": compute_dtype(Config(), device)},
                       {"params": [p for p, muon in parameters.items() if not muon], "use_muon": False, "lr": 3e-3}])
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / 20) * (1 - step / steps))
     random_of = random.Random(seed)

@@ -13,6 +13,7 @@ import mmap
 import os
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -22,8 +23,15 @@ import pyarrow as pa
 import safetensors.torch
 import torch
 import torch.nn.functional as F
-import torchvision
-from torch import Tensor
+
+COMPILE_CACHE = os.environ.get("TORCHINDUCTOR_CACHE_DIR", tempfile.gettempdir())
+try:
+    os.makedirs(COMPILE_CACHE, exist_ok=True)
+except OSError:  # much of torch could not be imported then, torchvision for one; train_prx.compiler_trouble says it
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.gettempdir()
+
+import torchvision  # noqa: E402
+from torch import Tensor  # noqa: E402
 
 HELD_OUT = 0.01  # share of rows that are never trained on
 

@@ -49,7 +49,6 @@ import platform
 import re
 import signal
 import sys
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -58,13 +57,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-
-CACHE = os.environ.get("TORCHINDUCTOR_CACHE_DIR", tempfile.gettempdir())
-try:
-    os.makedirs(CACHE, exist_ok=True)
-except OSError:  # then torch cannot even be imported; `compiler_trouble` says it
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.gettempdir()
-
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -72,15 +64,15 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
-from torch.nn.attention.varlen import varlen_attn
 
-import ranks
+import ranks  # before varlen, which imports torch's compiler: shards sees to that one's cache
 import scenes
 from command_line import Parser, run_main
 from metrics import IMAGENET, Scorer, parse_metrics
 from muon import Muon, local
 from run_folder import Log, RunFolder, checkpoints_of, draw_grid, load_checkpoint, named_tensors
-from shards import DamagedImage, Ring, RowSet, Slot, UserError, become_reader, file_sha256
+from shards import COMPILE_CACHE, DamagedImage, Ring, RowSet, Slot, UserError, become_reader, file_sha256
+from torch.nn.attention.varlen import varlen_attn
 from weights import fill, load_pretrained, read_init, set_whole, weights_hash
 
 SOURCES = {name: Path(__file__).with_name(name).read_text() for name in
@@ -317,8 +309,9 @@ def check_config(cfg: Config) -> None:
          "--track=wandb: wandb is not installed: pip install wandb")
     if cfg.score:
         parse_metrics(cfg.score)
-    need(cfg.device != "cuda" or torch.cuda.is_available(),
-         f"--device=cuda: {gpu_trouble() or 'no GPU is visible'}; use --device=cpu or auto")
+    if cfg.device == "cuda":
+        trouble = gpu_trouble()  # before is_available, since torch says only once why it is not
+        need(torch.cuda.is_available(), f"--device=cuda: {trouble or 'no GPU is visible'}; use --device=cpu or auto")
 
 
 def compute_dtype(cfg: Config, device: torch.device) -> torch.dtype:
@@ -341,7 +334,7 @@ def resolve_precision(cfg: Config, device: torch.device) -> Config:
 @functools.cache
 def gpu_trouble() -> str:
     """Why torch cannot use the GPU that this machine has, in a line; "" where it can, or where there is none."""
-    if os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1"):  # hidden on purpose
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1", "NoDevFiles"):  # hidden on purpose; the last by SLURM
         return ""
     with warnings.catch_warnings(record=True) as caught:  # torch says it once a process, and goes on without
         warnings.simplefilter("always")
@@ -352,8 +345,14 @@ def gpu_trouble() -> str:
     if said:
         return said[0].splitlines()[0].split(" (Triggered")[0]
     if listed or any(Path("/dev").glob("nvidia[0-9]*")):
-        return f"its driver is too old for torch {torch.__version__}, or this torch is built without CUDA"
+        return f"torch {torch.__version__} finds none: its driver is too old, it is another user's, or this torch is without CUDA"
     return ""
+
+
+def check_gpu(cfg: Config) -> None:
+    """Raise UserError where the run would go to the CPU because the machine's GPU cannot be used."""
+    if cfg.device == "auto" and gpu_trouble():
+        raise UserError(f"this machine's GPU cannot be used: {gpu_trouble()}; --device=cpu trains on the CPU instead")
 
 
 def usable_device() -> str:
@@ -1269,10 +1268,11 @@ def compiler_trouble(device: torch.device) -> str:
     It takes a C++ compiler (g++, or the one that CXX names) and Python's headers, and a cache folder that can be written
     and executed from; on a GPU Triton takes a C compiler as well.
     """
-    if not os.path.isdir(CACHE):
-        return f"torch.compile's cache, TORCHINDUCTOR_CACHE_DIR={CACHE}, cannot be made"
+    if not os.path.isdir(COMPILE_CACHE):
+        return f"torch.compile's cache, TORCHINDUCTOR_CACHE_DIR={COMPILE_CACHE}, cannot be made"
     try:
-        line, x = torch.fx.symbolic_trace(lambda x: (2 * x).sin()), torch.ones(64, device=device)
+        unseen = time.time_ns() % 10**9  # in no cache, which would hide a compiler that is gone
+        line, x = torch.fx.symbolic_trace(lambda x: (unseen * x).sin()), torch.ones(64, device=device)
         torch._inductor.compile(line, [x])(x)
     except Exception as error:  # whatever it is, blocks run uncompiled, and the log says why
         lines = [line for line in str(error).splitlines() if re.search(r"\w(Error|Compiler): | error: ", line)] or [str(error)]
@@ -1532,8 +1532,11 @@ class Meter:
 
 
 def write_header(log: Log, cfg: Config, frozen: Frozen, model: PRX, data: dict, device: torch.device,
-                 began: datetime.datetime) -> None:
-    """What proves a run: source, config, versions, hardware and data; the console gets the part that people read."""
+                 began: datetime.datetime, troubles: list[str]) -> None:
+    """What proves a run: source, config, versions, hardware and data; the console gets the part that people read.
+
+    troubles: why each rank's blocks are not compiled, "" where they are, or should not be.
+    """
     import datasets
     import transformers
 
@@ -1568,8 +1571,9 @@ def write_header(log: Log, cfg: Config, frozen: Frozen, model: PRX, data: dict, 
         off = f"; off: {', '.join(name for name in weights if name not in on)}" if len(on) < len(weights) else ""
         log.write(f"stage {i + 1}: {stage.image_size}px, {stage.steps:,} steps of {stage.global_batch} images; "
                   f"loss {' + '.join(f'{weights[name]:g} {name}' for name in on)}{off}")
-    if cfg.compile and not compiles(cfg, device):
-        log.write(f"blocks run uncompiled, and slower: {compiler_trouble(device)}")
+    for rank, trouble in enumerate(troubles):
+        if trouble:
+            log.write(f"blocks run uncompiled, and slower{f', on rank {rank}' if len(troubles) > 1 else ''}: {trouble}")
     if cfg.frozen == "random":
         log.write("WARNING --frozen=random: lpips, pdino and repa come from random weights and mean nothing")
 
@@ -1669,7 +1673,8 @@ def train(cfg: Config, resume: str, device: torch.device, mesh: DeviceMesh, watc
     log.forget_after(step)
     if step >= end:
         raise UserError(f"checkpoint {run.checkpoint} is at step {step}, and the run ends at {end}: raise --max_steps or --stages")
-    write_header(log, cfg, frozen, model, data, device, began)
+    troubles = ranks.of_all(compiler_trouble(device) if cfg.compile else "")
+    write_header(log, cfg, frozen, model, data, device, began, troubles)
     if step:
         log.write(f"continuing from step {step}")
     log.write(f"warmed up in {warm_up_seconds:.1f} s, off the clock")
@@ -1794,11 +1799,11 @@ def train(cfg: Config, resume: str, device: torch.device, mesh: DeviceMesh, watc
 def main(argv: list[str]) -> None:
     """The command line's run: set up, train, and take the ranks down in the order that gloo survives."""
     cfg, resume = parse_config(argv)
+    check_gpu(cfg)
     check_ranks(cfg)
-    if cfg.device == "auto" and gpu_trouble():
-        raise UserError(f"this machine's GPU cannot be used: {gpu_trouble()}; --device=cpu trains on the CPU instead")
     device, mesh = ranks.join(cfg.device != "cpu" and torch.cuda.is_available())
     cfg = resolve_precision(cfg, device)
+    ranks.agree(cfg.precision, "--precision=auto means different things, for their GPUs are not alike: pass --precision=fp32")
     with ranks.together(mesh) as watch:
         try:
             finished = train(cfg, resume, device, mesh, watch)

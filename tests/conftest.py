@@ -27,7 +27,8 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # so that run.sh finds what runs these tests
-ENV = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+ENV = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200", "TORCH_CPP_LOG_LEVEL": "ERROR",
+       "PYTHONUNBUFFERED": ""}  # which some have set, and most have not
 PRELOADED = ["pytest", "torch", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.checkpoint", "torchvision",
              "datasets", "transformers", "safetensors.torch", "PIL.Image", "tqdm", "matplotlib.figure",
              "matplotlib.backends.backend_agg", "diffusers.pipelines.prx.pipeline_prx_pixel"]
@@ -58,7 +59,9 @@ train_prx.run_main(train_prx.main)
 
 def our_lines(stderr: str) -> list[str]:
     """What stderr holds of ours, and tracebacks: other lines are a library's, and change with its version."""
-    return [line for line in stderr.splitlines() if re.match("error: |warning: |starting again|Traceback", line)]
+    ours = re.compile("error: |warning: |starting again|.*Traceback|Exception ignored|Fatal Python error|"
+                      rf"{re.escape(str(ROOT))}/(?!.*site-packages).*Warning: ")  # what Python says of a line of ours
+    return [line for line in stderr.splitlines() if ours.match(line)]
 
 
 class Result(NamedTuple):

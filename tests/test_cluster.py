@@ -90,10 +90,10 @@ def shorten_silence(checkout: Path, seconds: int) -> None:
 
 @pytest.fixture(scope="module")
 def demo_runs(tmp_path_factory, data) -> dict[str, Path]:
-    """30 steps in fp32 of the demo's model, in four chunks a step, on each mesh."""
+    """30 steps in fp32 of the demo's model at half its depth, in four chunks a step, on each mesh."""
     runs = {}
     for mesh, (ranks, nodes) in MESHES.items():
-        flags = ["--preset=demo", f"--data={data}", "--stages=32:1200:8:1", "--micro_batch=2", "--max_steps=30", "--compile=0",
+        flags = ["--preset=demo", f"--data={data}", "--stages=32:1200:8:1", "--micro_batch=2", "--max_steps=30", "--compile=0", "--depth=3", "--route_end=2",
                  "--log_every=1", "--sample_steps=2", *FP32]
         runs[mesh] = train(tmp_path_factory.mktemp(mesh), *flags, ranks=ranks, nodes=nodes)
     return runs
@@ -110,7 +110,7 @@ def test_thirty_steps_of_the_demo_agree_on_every_mesh(demo_runs, mesh):
     expected, found = (checkpoint_tensors(last_checkpoint(demo_runs[m])) for m in ("1x1", mesh))
     assert expected.keys() == found.keys()
     floats = [name for name in expected if expected[name].is_floating_point() and expected[name].norm() > 0]
-    assert sum(name.startswith("model.") for name in floats) > 60
+    assert sum(name.startswith("model.") for name in floats) > 40
     worst = max(((found[name] - expected[name]).norm() / expected[name].norm()).item() for name in floats)
     print(f", tensors {worst:.1e} relative")
     assert worst < 3e-5  # measured 7e-6 on one processor, 1.04e-5 on another

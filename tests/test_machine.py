@@ -150,6 +150,17 @@ def test_a_compiler_that_is_not_there_is_said(tmp_path, tiny):
 
 
 @pytest.mark.slow
+def test_a_compiler_that_is_gone_is_said_whatever_an_earlier_run_left_in_the_cache(tmp_path, tiny):
+    compiler, cache = tmp_path / "compiler", str(tmp_path / "cache")
+    for script in ('exec g++ "$@"', WITHOUT_HEADERS.partition("\n")[2]):
+        compiler.write_text(f"#!/bin/bash\n{script}\n")
+        compiler.chmod(0o755)
+        result = bare(tmp_path, *tiny, "--compile=1", "--max_steps=2", "--resume=never", CXX=str(compiler), TORCHINDUCTOR_CACHE_DIR=cache)
+        assert result.returncode == 0, result
+        assert ("blocks run uncompiled" in result.stdout) == ("exec g++ \"${a[@]}\"" in script)
+
+
+@pytest.mark.slow
 def test_a_compiler_that_cannot_make_python_extensions_is_said(tmp_path, tiny):
     compiler = tmp_path / "g++-without-headers"
     compiler.write_text(WITHOUT_HEADERS)
@@ -197,6 +208,13 @@ def test_training_goes_on_when_nobody_reads_along(tmp_path, tiny):
 
 
 @pytest.mark.slow
+def test_a_pipe_that_breaks_elsewhere_is_no_silent_end(tmp_path):
+    command = ("import os, command_line\nread, write = os.pipe()\nos.close(read)\n"
+               "command_line.run_main(lambda argv: os.write(write, b'x'))")
+    result = subprocess.run([sys.executable, "-c", command], cwd=ROOT, env=os.environ | ENV, capture_output=True, text=True)
+    assert result.returncode == 1 and "BrokenPipeError" in result.stderr
+
+
 def test_other_commands_end_quietly_when_nobody_reads_along(tmp_path, data):
     command = f"{sys.executable} {ROOT}/data_prep.py check --data={data} | true; echo ${{PIPESTATUS[0]}}"
     result = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=os.environ | ENV, capture_output=True, text=True,
@@ -209,6 +227,11 @@ LONELY = {  # an environment that promises other ranks -> what the one line must
     "the second rank": ({"RANK": "1", "WORLD_SIZE": "2"}, ["MASTER_PORT and MASTER_ADDR are missing", "./run.sh or torchrun"]),
     "no rank": ({"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}, ["RANK is missing"]),
     "no number": ({"RANK": "0", "WORLD_SIZE": "two"}, ["WORLD_SIZE=two"]),
+    "no ranks": ({"RANK": "0", "WORLD_SIZE": "0"}, ["WORLD_SIZE=0"]),
+    "no port": ({"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}, ["MASTER_PORT is missing"]),
+    "a rank too many": ({"RANK": "5", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}, ["RANK=5"]),
+    "no number on this node": ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "", "MASTER_ADDR": "127.0.0.1",
+                                "MASTER_PORT": "29500"}, ["LOCAL_WORLD_SIZE= is no number"]),
 }
 
 
@@ -220,7 +243,7 @@ def test_ranks_that_could_not_find_each_other_are_one_line(tmp_path, tiny, name)
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("env", [{"RANK": "0", "WORLD_SIZE": "1"}, {"RANK": "3"}, {"WORLD_SIZE": "1", "LOCAL_RANK": "0"}])
+@pytest.mark.parametrize("env", [{"RANK": "0", "WORLD_SIZE": "1"}, {"RANK": "3"}, {"LOCAL_WORLD_SIZE": "8", "LOCAL_RANK": "0"}])
 def test_an_environment_of_one_rank_needs_no_address(tmp_path, tiny, env):
     result = run(tmp_path, "train_prx.py", *tiny, "--max_steps=1", env=env)
     assert result.status == 0 and result.ours() == [], result
@@ -265,6 +288,25 @@ def test_presets_for_gpus_never_train_on_the_cpu_because_a_driver_is_too_old(tmp
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize("command, status, line", [
+    pytest.param("demo", 0, "this machine's GPU is not used: The NVIDIA driver", marks=pytest.mark.slow),
+    ("solo", 2, "error: this machine's GPU cannot be used: The NVIDIA driver"),
+    ("--preset=solo", 2, "error: this machine's GPU cannot be used: The NVIDIA driver")])
+def test_run_sh_beside_such_a_driver(checkout, data, command, status, line):
+    """Eight GPUs are listed, and none works: one process for the demo; solo stops before it draws its 20,000 pictures."""
+    (checkout / "site").mkdir()
+    patch = OLD_DRIVER.partition("import torch, train_prx")[2].rpartition("train_prx.run_main")[0].format(listed=8)
+    (checkout / "site/sitecustomize.py").write_text(f"import warnings\nimport torch\n{patch}")
+    (checkout / "data").mkdir()
+    (checkout / "data/demo").symlink_to(data)
+    env = os.environ | ENV | {"PATH": PATH, "PYTHONPATH": str(checkout / "site"), "CUDA_VISIBLE_DEVICES": "0"}
+    flags = ["--max_steps=1", "--sample_steps=1", "--compile=0", "--score_n=4"] if command == "demo" else []
+    result = subprocess.run(["./run.sh", command, *flags], cwd=checkout, env=env, capture_output=True, text=True, timeout=patience())
+    assert result.returncode == status and line in result.stdout + result.stderr, result
+    assert not (checkout / "data/solo").exists()
+    assert len(re.findall("^error: ", result.stderr, re.MULTILINE)) == (status != 0)
+
+
 def test_the_demo_trains_beside_such_a_driver_and_says_so(tmp_path, tiny, old_driver):
     result = run(tmp_path, old_driver, *tiny, "--max_steps=1", env={"CUDA_VISIBLE_DEVICES": "0"})
     assert result.status == 0 and "this machine's GPU is not used: The NVIDIA driver" in result.stdout, result
@@ -289,7 +331,19 @@ def test_a_torch_that_lists_gpus_and_has_none_is_refused_too(tmp_path, tiny):
     script = tmp_path / "old.py"
     script.write_text(OLD_DRIVER.format(root=str(ROOT), listed=8).replace("    warnings.warn", "    0 and warnings.warn"))
     message = run(tmp_path, script, *tiny, "--device=auto", env={"CUDA_VISIBLE_DEVICES": "0"}).error()
-    assert "this machine's GPU cannot be used: its driver is too old for torch" in message
+    assert "this machine's GPU cannot be used: torch" in message and "its driver is too old" in message
+
+
+def test_a_gpu_that_is_hidden_on_purpose_is_no_trouble(tmp_path, tiny, old_driver):
+    for hidden in ("", "-1", "NoDevFiles"):
+        result = run(tmp_path, old_driver, *tiny, "--device=auto", "--max_steps=1", f"--name=hidden{len(hidden)}",
+                     env={"CUDA_VISIBLE_DEVICES": hidden})
+        assert result.status == 0 and "no GPU is visible: this run is on the CPU" in result.stdout, result
+
+
+def test_asking_for_cuda_beside_such_a_driver_gives_the_reason(tmp_path, tiny, old_driver):
+    message = run(tmp_path, old_driver, *tiny, "--device=cuda", env={"CUDA_VISIBLE_DEVICES": "0"}).error()
+    assert message.startswith("error: --device=cuda: The NVIDIA driver on your system is too old")
 
 
 FULL_GPU = """
@@ -391,36 +445,50 @@ FAKE_PYTHON = """#!/bin/sh
 case "$1" in
     -) exit {status} ;;
     -c) exit 0 ;;
+    -W) echo "${{GPUS:-0}}" ;;
     -m) mkdir -p .venv/bin && printf '#!/bin/sh\\necho "$@" >> "$ASKED"\\nexit ${{STATUS:-0}}\\n' > .venv/bin/python && chmod +x .venv/bin/python ;;
     *) echo "active $@" >> "$ASKED" ;;
 esac
 """
 
 
-def set_up(checkout: Path, has: bool, status: int = 0) -> tuple[int, list[str]]:
-    """Run `./run.sh plan` where the active Python has what is needed, or has not; what was called."""
+def set_up(checkout: Path, has: bool, status: int = 0, command: str = "plan", gpus: int = 0) -> tuple[int, list[str]]:
+    """Run `./run.sh command` where the active Python has what is needed, or has not; its status and what was called."""
     (checkout / "bin").mkdir(exist_ok=True)
     python = checkout / "bin/python3"
     python.write_text(FAKE_PYTHON.format(has="everything" if has else "nothing", status=0 if has else 1))
     python.chmod(python.stat().st_mode | stat.S_IXUSR)
     asked = checkout / "asked"
     asked.unlink(missing_ok=True)
-    env = {"PATH": f"{checkout}/bin:/usr/bin:/bin", "ASKED": str(asked), "STATUS": str(status)}
-    result = subprocess.run(["./run.sh", "plan"], cwd=checkout, env=env, capture_output=True, text=True)
+    env = {"PATH": f"{checkout}/bin:/usr/bin:/bin", "ASKED": str(asked), "STATUS": str(status), "GPUS": str(gpus)}
+    result = subprocess.run(["./run.sh", command], cwd=checkout, env=env, capture_output=True, text=True)
     return result.returncode, asked.read_text().splitlines() if asked.exists() else []
 
 
 def test_run_sh_installs_the_lock_once_and_again_when_it_changes(checkout):
     lock = checkout / "requirements.lock"
     lock.write_text("torch==2.14.1 --hash=sha256:00\n")
-    install = "-m pip install --quiet --require-hashes -r requirements.lock"
+    pip, install, command = "-m pip --version", "-m pip install --quiet --require-hashes -r requirements.lock", "benchmarks/plan.py"
     assert set_up(checkout, has=False, status=1) == (2, [install]), "what failed is not taken for done"
-    assert set_up(checkout, has=False) == (0, [install, "benchmarks/plan.py"])
-    assert set_up(checkout, has=False) == (0, ["benchmarks/plan.py"])
+    assert set_up(checkout, has=False) == (0, [pip, install, command])
+    assert set_up(checkout, has=False) == (0, [command])
     lock.write_text("torch==2.14.2 --hash=sha256:00\n")
-    assert set_up(checkout, has=False) == (0, [install, "benchmarks/plan.py"])
+    assert set_up(checkout, has=False) == (0, [pip, install, command])
+    (checkout / ".venv/bin/python").unlink()  # as where Python itself was replaced by a newer one
+    assert set_up(checkout, has=False) == (0, [install, command])
 
 
 def test_run_sh_takes_an_active_python_that_has_what_is_needed(checkout):
     assert set_up(checkout, has=True) == (0, ["active benchmarks/plan.py"])
     assert not (checkout / ".venv").exists()
+
+
+@pytest.mark.parametrize("command, gpus, processes", [
+    ("--preset=solo", 0, 1), ("--preset=solo", 1, 1), ("--preset=solo", 3, 2), ("--preset=solo", 7, 4), ("--preset=record", 8, 8),
+    ("--preset=demo", 8, 1), ("--preset=race", 2, 1)])
+def test_run_sh_starts_as_many_processes_as_the_presets_chunks_allow(checkout, command, gpus, processes):
+    status, (called,) = set_up(checkout, has=True, command=command, gpus=gpus)
+    many = f"ranks.py --standalone --nproc-per-node={processes} --max-restarts=0 "
+    assert (status, called) == (0, f"active {many if processes > 1 else ''}train_prx.py {command}")
+    cfg = PRESETS[command.removeprefix("--preset=")]
+    assert all(stage.global_batch // cfg.micro_batch % processes == 0 for stage in cfg.stages)
