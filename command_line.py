@@ -71,7 +71,8 @@ def run_main(main: Callable[[list[str]], None], every_rank: bool = False) -> Non
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(128 + signal.SIGPIPE)  # as other commands end in front of `| head`
     except UserError as error:
-        if every_rank or os.environ.get("LOCAL_RANK", "0") == "0":
+        alone = os.environ.get("WORLD_SIZE", "1") == "1"
+        if every_rank or alone or os.environ.get("LOCAL_RANK", "0") == "0":
             print("error:", *str(error).splitlines(), file=sys.stderr)
         sys.exit(2)
     except OSError as error:

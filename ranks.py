@@ -59,7 +59,7 @@ def join(use_cuda: bool) -> tuple[torch.device, DeviceMesh]:
     per_node = from_launcher("LOCAL_WORLD_SIZE", world) if world > 1 else 1
     if world % max(1, per_node):
         raise UserError(f"{world} ranks in all, but {per_node} on this node: every node must start equally many")
-    device = torch.device("cuda", from_launcher("LOCAL_RANK", 0)) if use_cuda else torch.device("cpu")
+    device = torch.device("cuda", from_launcher("LOCAL_RANK", 0) if world > 1 else 0) if use_cuda else torch.device("cpu")
     if use_cuda:
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"

@@ -377,8 +377,10 @@ def seed_list(text: str) -> list[int]:
 
 def visible_device(text: str) -> str:
     """cpu, or cuda where there is one."""
+    if text == "cpu":
+        return text
     trouble = gpu_trouble() or "no GPU is visible"
-    if text == "cpu" or (text == "cuda" and torch.cuda.is_available()):
+    if text == "cuda" and torch.cuda.is_available():
         return text
     raise ArgumentTypeError(f"{text!r} is not cpu, nor cuda here: {trouble}")
 

@@ -356,8 +356,8 @@ def check_gpu(cfg: Config) -> None:
 
 
 def usable_device() -> str:
-    """"cuda" where there is a GPU, else "cpu"; a GPU that cannot be used is said on stderr, on the first rank."""
-    if gpu_trouble() and os.environ.get("RANK", "0") == "0":
+    """"cuda" where there is a GPU, else "cpu"; a GPU that cannot be used is said on stderr, once a node."""
+    if gpu_trouble() and os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"warning: this machine's GPU is not used: {gpu_trouble()}", file=sys.stderr)
     return "cuda" if torch.cuda.is_available() else "cpu"
 

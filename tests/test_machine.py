@@ -243,10 +243,11 @@ def test_ranks_that_could_not_find_each_other_are_one_line(tmp_path, tiny, name)
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("env", [{"RANK": "0", "WORLD_SIZE": "1"}, {"RANK": "3"}, {"LOCAL_WORLD_SIZE": "8", "LOCAL_RANK": "0"}])
+@pytest.mark.parametrize("env", [{"RANK": "0", "WORLD_SIZE": "1"}, {"RANK": "3"}, {"LOCAL_WORLD_SIZE": "8", "LOCAL_RANK": "3"}])
 def test_an_environment_of_one_rank_needs_no_address(tmp_path, tiny, env):
     result = run(tmp_path, "train_prx.py", *tiny, "--max_steps=1", env=env)
     assert result.status == 0 and result.ours() == [], result
+    assert "--nonsense" in run(tmp_path, "train_prx.py", "--nonsense=1", env=env).error()
 
 
 def test_a_user_without_a_home_trains(tmp_path, tiny):
