@@ -5,6 +5,7 @@ that has them imported already, and runs the script there as `python SCRIPT` wou
 the claim, tests start that instead.
 """
 import functools
+import importlib.util
 import json
 import multiprocessing
 import multiprocessing.forkserver
@@ -129,6 +130,9 @@ MARKS = {
     "machinery": "data, runs, ranks, commands: must hold in every fork",
     "slow": "only with ./run.sh test --all",
 }
+
+
+needs_diffusers = pytest.mark.skipif(importlib.util.find_spec("diffusers") is None, reason="diffusers 0.42 takes Python 3.11")
 
 
 def pytest_configure(config) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import run
+from conftest import needs_diffusers, run
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -28,6 +28,7 @@ FLAGS = ["--preset=demo", "--compile=0", "--width=32", "--depth=3", "--heads=2",
          "--batch=4", "--rounds=1", "--steps=2", "--warmup=1"]
 
 
+@needs_diffusers
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["diffusers-routed", "diffusers"])
 def test_an_arm_computes_our_loss_and_gradients_with_all_four_terms(networks, name):
@@ -48,6 +49,7 @@ def test_an_arm_computes_our_loss_and_gradients_with_all_four_terms(networks, na
             bench.compare(ours, theirs, batch)
 
 
+@needs_diffusers
 @pytest.mark.slow
 def test_the_table_has_every_arm_and_each_part(tmp_path):
     result = run(tmp_path, "benchmarks/step.py", *FLAGS, "--parts")

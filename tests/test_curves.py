@@ -263,7 +263,7 @@ def test_no_text_is_cut_off_or_overlaps_another(tmp_path, names):
 def test_the_picture_is_a_white_png_of_three_columns(tmp_path):
     draw_curves([DEMO], tmp_path / "curves.png")
     with Image.open(tmp_path / "curves.png") as picture:
-        assert picture.format == "PNG" and picture.size[0] == 1518
+        assert picture.format == "PNG" and abs(picture.size[0] - 1518) <= 1  # pixels; matplotlib 3.10 rounds the other way
         assert picture.convert("RGB").getpixel((2, 2)) == (255, 255, 255)
 
 
