@@ -197,8 +197,8 @@ PRESETS = {
     ),
     # Two CPU cores, under five minutes. Where it leaves the recipe, and why, is in the README.
     "demo": Config(
-        name="demo", data="data/demo", device="cpu", frozen="none", stages=(Stage(32, 1_200, 32, True),), micro_batch=32, workers=0,
-        patch=4, bottleneck=48, width=128, depth=6, heads=4, route_start=1, route_end=5, repa_depth=3,
+        name="demo", data="data/demo", device="cpu", frozen="none", stages=(Stage(32, 1_000, 32, True),), micro_batch=32, workers=0,
+        patch=4, bottleneck=48, width=128, depth=6, heads=4, drop=0.25, route_start=1, route_end=5, repa_depth=3,
         text_encoder="builtin", text_dim=256, text_tokens=24,
         lr=1e-2, adam_lr=4e-3, lr_decay="linear", t_power=1.0, warmup=50, ema=0.9, grad_clip=1.0,
         guidance="cfg", scale=2.0, sample_steps=20, eval_every=400, sample_every=400, save_every=400,
