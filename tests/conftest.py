@@ -35,7 +35,7 @@ PRELOADED = ["pytest", "torch", "torch._dynamo", "torch.distributed.fsdp", "torc
              "matplotlib.backends.backend_agg", "diffusers.pipelines.prx.pipeline_prx_pixel"]
 
 # A model and a schedule small enough for 20 steps a second; `data` is added by the fixture `tiny`. 4 chunks a step.
-TINY = ["--preset=demo", "--stages=32:20:16:1", "--micro_batch=4", "--patch=8", "--bottleneck=16", "--width=32",
+TINY = ["--preset=demo", "--stages=32:20:16:1", "--micro_batch=4", "--drop=0.5", "--patch=8", "--bottleneck=16", "--width=32",
         "--depth=3", "--heads=2", "--route_start=1", "--route_end=2", "--text_dim=32", "--repa_depth=2", "--repa_dim=16",
         "--compile=0", "--log_every=1", "--sample_steps=2", "--eval_every=0", "--sample_every=0", "--save_every=0"]
 
