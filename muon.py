@@ -59,11 +59,11 @@ def by_shape(matrices: list[Tensor]) -> list[list[int]]:
     return [groups[shape] for shape in sorted(groups, key=lambda shape: (-newton_schulz_cost(shape), *shape))]
 
 
-def orthogonalize(updates: list[Tensor], steps: int, dtype: torch.dtype) -> list[Tensor]:
-    """`newton_schulz` of whole matrices, equal shapes as one batch; returns them in `dtype` and in the given order."""
+def orthogonalize(updates: list[Tensor], steps: int) -> list[Tensor]:
+    """`newton_schulz` of whole matrices of one dtype, equal shapes as one batch; returns them in the given order."""
     out: list[Tensor] = [torch.empty(0)] * len(updates)
     for indices in by_shape(updates):
-        batch = newton_schulz(torch.stack([updates[i].to(dtype) for i in indices]), steps)  # [K, m, n]
+        batch = newton_schulz(torch.stack([updates[i] for i in indices]), steps)  # [K, m, n]
         for i, result in zip(indices, batch.unbind()):
             out[i] = result
     return out
@@ -87,10 +87,7 @@ def assign_owners(shapes: list[torch.Size], world: int) -> list[int]:
 
 def exchange(send: list[list[Tensor]], shapes: list[list[tuple[int, int]]], like: Tensor,
              group: dist.ProcessGroup) -> Callable[[], list[list[Tensor]]]:
-    """Begin to send the matrices `send[s]` to every rank s of the group, which sends some of the given `shapes[s]` here.
-
-    Returns a function that waits for them and returns them.
-    """
+    """Begin to send `send[s]` to each rank s, which sends matrices of `shapes[s]` here; returns what waits for these."""
     me = dist.get_rank(group)
     sizes = [[m * n for m, n in of_rank] for of_rank in shapes]
     # A rank with no rows or no matrix of its own sends itself a number: torch 2.14 refuses a buffer that is empty
@@ -149,9 +146,9 @@ class Owners:
         rows = -(-m // self.shards)
         return max(0, min(m - shard * rows, rows)), n
 
-    def orthogonalize(self, updates: list[Tensor], steps: int, dtype: torch.dtype) -> list[Tensor]:
-        """This rank's rows of every matrix in, its rows of every orthogonalised matrix out, in `dtype`."""
-        updates = [update.to(dtype) for update in updates]
+    def orthogonalize(self, updates: list[Tensor], steps: int) -> list[Tensor]:
+        """This rank's rows of every matrix in, its rows of every orthogonalised matrix out; all of one dtype."""
+        updates = list(updates)
         rounds = [owned[self.replica] for owned in self.owned]  # [rounds][shards]: my replica's
         to_owners = [exchange([[updates[i] for i in matrices] for matrices in owned],
                               [[self.part(i, shard) for i in owned[self.shard]] for shard in range(self.shards)],
@@ -271,9 +268,9 @@ class Muon(torch.optim.Optimizer):
             key = tuple(id(p) for p in params)
             if key not in self._owners:
                 self._owners[key] = Owners(params)
-            updates = self._owners[key].orthogonalize(updates, group["ns_steps"], group["ns_dtype"])
+            updates = self._owners[key].orthogonalize(updates, group["ns_steps"])
         else:
-            updates = orthogonalize(updates, group["ns_steps"], group["ns_dtype"])
+            updates = orthogonalize(updates, group["ns_steps"])
         lr = torch.full_like(ok, group["lr"]) * ok  # no number of the host's, which a compiled function would be compiled for
         self._apply(weights, updates, lr, [RMS_SCALE * max(p.shape) ** 0.5 for p in params], group["weight_decay"])
 

@@ -30,6 +30,7 @@ Sources
     "code" in a comment: the value is PRX's, from its public code, where its write-ups are silent.
 """
 
+import abc
 import argparse
 import contextlib
 import dataclasses
@@ -797,14 +798,14 @@ def gather_tokens(x: Tensor, ids: Tensor) -> Tensor:
 # Frozen networks: the text encoder, and the three that judge (REPA's teacher, P-DINO, LPIPS)
 
 
-class TextEncoder:
+class TextEncoder(abc.ABC):
     """Prompts -> txt [B, L, D], 0 behind each prompt, and txt_mask [B, L] bool; `latents` leaves the padding out."""
 
     max_length: int  # L: longer prompts are cut
 
+    @abc.abstractmethod
     def latents(self, prompts: list[str]) -> tuple[Tensor, list[int]]:
         """Latents of the prompts' tokens one after the other, [T, D], and how many each prompt has."""
-        raise NotImplementedError
 
     def __call__(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
         latents, lengths = self.latents(prompts)

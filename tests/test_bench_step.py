@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import needs_diffusers, run
+from conftest import need_diffusers, run
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -28,10 +28,10 @@ FLAGS = ["--preset=demo", "--compile=0", "--width=32", "--depth=3", "--heads=2",
          "--batch=4", "--rounds=1", "--steps=2", "--warmup=1"]
 
 
-@needs_diffusers
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["diffusers-routed", "diffusers"])
 def test_an_arm_computes_our_loss_and_gradients_with_all_four_terms(networks, name):
+    need_diffusers()
     """Relative difference of the losses below 1e-5, cosines of the gradients above 1 - 1e-8; one matrix 10% off is noticed."""
     cfg = replace(SMALL, repa_teacher=str(networks / "dinov3"), pdino_model=str(networks / "dinov2"))
     with bench.rank_of(1, 0, 8, CPU) as mesh:
@@ -49,9 +49,9 @@ def test_an_arm_computes_our_loss_and_gradients_with_all_four_terms(networks, na
             bench.compare(ours, theirs, batch)
 
 
-@needs_diffusers
 @pytest.mark.slow
 def test_the_table_has_every_arm_and_each_part(tmp_path):
+    need_diffusers()
     result = run(tmp_path, "benchmarks/step.py", *FLAGS, "--parts")
     assert result.status == 0, result
     for arm in ("ours", "diffusers-routed", "diffusers"):

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, enliven, needs_diffusers, run, train
+from conftest import ROOT, enliven, need_diffusers, run, train
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -48,7 +48,7 @@ def pipeline_folder(tmp_path_factory, with_gemma) -> Path:
 def sampled(cwd: Path, *flags: str) -> Path:
     """Run a command of sample.py, which must succeed without a warning; returns `cwd`."""
     if flags[0] == "export":
-        pytest.importorskip("diffusers", reason="diffusers 0.42 takes Python 3.11")
+        need_diffusers()
     result = run(cwd, "sample.py", *flags)
     assert result.status == 0 and result.ours() == [], result
     return cwd
@@ -63,8 +63,8 @@ def files_of(folder: Path) -> dict[str, bytes]:
 # Export
 
 
-@needs_diffusers
 def test_an_exported_transformer_computes_what_ours_does(tmp_path, lively):
+    need_diffusers()
     from diffusers import PRXTransformer2DModel
 
     result = run(tmp_path, "sample.py", "export", f"--checkpoint={lively}", "--out=there")
@@ -120,8 +120,8 @@ def test_an_exported_pipeline_says_what_it_needs(pipeline_folder):
     assert picture.size == (32, 32), "without a size, that of the run's last stage"
 
 
-@needs_diffusers
 def test_the_card_tells_recipe_data_licences_scores_and_log(tmp_path, tiny):
+    need_diffusers()
     folder = train(tmp_path, *tiny, "--max_steps=2")
     sampled(tmp_path, "score", f"--checkpoint={folder}", "--n=5", "--steps=1")
     sampled(tmp_path, "export", f"--checkpoint={folder}", "--out=there")
@@ -193,8 +193,8 @@ def test_an_import_whose_folder_is_not_what_it_was_is_written_from_its_own_weigh
     assert old.keys() == new.keys() and all(torch.equal(old[name], new[name]) for name in old)
 
 
-@needs_diffusers
 def test_a_file_that_names_a_folder_of_the_machine_gets_nothing_of_it(tmp_path, lively):
+    need_diffusers()
     (tmp_path / "home").mkdir()
     (tmp_path / "home/token").write_text("hf_SeCrEt")
     with safe_open(lively / "ema.safetensors", framework="pt") as file:
@@ -231,8 +231,8 @@ def test_a_config_with_words_for_numbers_is_one_line(tmp_path, pipeline_folder, 
     assert "damaged" in run(tmp_path, "sample.py", "import", "--from=there", "--out=here").error()
 
 
-@needs_diffusers
 def test_weights_that_drew_latents_keep_all_that_is_not_of_latents(tmp_path, tiny):
+    need_diffusers()
     from diffusers import PRXTransformer2DModel
 
     torch.manual_seed(0)
@@ -437,9 +437,9 @@ def test_pickles_are_never_loaded_as_text_encoder_or_teacher(tmp_path, tiny, net
 # Secrets
 
 
-@needs_diffusers
 @pytest.mark.slow
 def test_tokens_appear_in_nothing_that_is_written(tmp_path, tiny):
+    need_diffusers()
     secrets = {"HF_TOKEN": "hf_SeCrEtSeCrEtSeCrEt", "HUGGING_FACE_HUB_TOKEN": "hf_OtHeRsEcReT", "WANDB_API_KEY": "0123456789abcdefSeCrEt"}
     outputs = [run(tmp_path, script, *flags, env=secrets) for script, flags in (
         ("train_prx.py", [*tiny, "--max_steps=1", "--score=scenes", "--score_n=4"]),

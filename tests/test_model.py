@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
-from conftest import fork_context
+from conftest import fork_context, need_diffusers
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
@@ -141,7 +141,7 @@ PLAIN = replace(TINY, repa_weight=0.0)  # no projector
 
 
 def diffusers_model(**arguments) -> nn.Module:
-    pytest.importorskip("diffusers", reason="diffusers 0.42 takes Python 3.11")
+    need_diffusers()
     from diffusers import PRXTransformer2DModel  # here, because it takes 4 s, which the sharded ranks below need not spend
 
     return PRXTransformer2DModel(**arguments)
