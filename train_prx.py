@@ -1477,14 +1477,14 @@ def draw(model: PRX, encode_text: TextEncoder, prompts: list[str], seeds: list[i
 
 
 class Window(NamedTuple):
-    """A log window, once its numbers have arrived on the host."""
+    """The numbers of a log window."""
 
     means: dict[str, float]  # by name, of the steps that were not skipped; empty where all were
     norms: dict[str, float]  # of the last step, by name
     skipped: int  # steps
     in_a_row: int  # most skipped steps in a row, counted from before the window
     stop: bool  # whether any rank was asked to stop
-    rate: float  # steps a second
+    steps: int  # taken and skipped
 
 
 class Meter:
@@ -1497,7 +1497,7 @@ class Meter:
 
     def reset(self) -> None:
         self.sums = torch.zeros(len(self.names) + 3, device=self.device)  # `names`, skipped, most in a row, stop asked
-        self.steps, self.start = 0, time.perf_counter()
+        self.steps = 0
 
     def add(self, values: Tensor, ok: Tensor) -> None:
         """One step's values [len(names)]; ok is 0 where the step was skipped."""
@@ -1507,29 +1507,18 @@ class Meter:
         self.sums[-2] = torch.maximum(self.sums[-2], self.skips_in_a_row)
         self.steps += 1
 
-    def close(self, stop: bool, norms: dict[str, Tensor]) -> Callable[[], Window]:
-        """Average over ranks and start anew; `norms` are squares of this rank's parts.
-
-        Returns a function that waits for the numbers if they have not arrived yet.
-        """
+    def close(self, stop: bool, norms: dict[str, Tensor]) -> Window:
+        """Average over ranks and start anew; `norms` are squares of this rank's parts. The host waits for the device here."""
         self.sums[-1] = float(stop)
         sent = torch.cat([self.sums, torch.stack([*norms.values()])]) / dist.get_world_size()
         dist.all_reduce(sent)
-        host = torch.empty(sent.shape, pin_memory=self.device.type == "cuda").copy_(sent, non_blocking=True)
-        arrived = torch.cuda.current_stream().record_event() if self.device.type == "cuda" else None
-        names, steps, rate = self.names, self.steps, self.steps / (time.perf_counter() - self.start)
+        host = sent.cpu()
+        *sums, skipped, in_a_row, stops = host[: -len(norms)].tolist()
+        steps, taken = self.steps, self.steps - round(skipped)
+        means = {name: total / taken for name, total in zip(self.names, sums)} if taken else {}
+        roots = (host[-len(norms) :] * self.shards).sqrt().tolist()  # a mean over ranks; each replica holds every shard
         self.reset()
-
-        def read() -> Window:
-            if arrived is not None:
-                arrived.synchronize()
-            *sums, skipped, in_a_row, stops = host[: -len(norms)].tolist()
-            taken = steps - round(skipped)
-            means = {name: total / taken for name, total in zip(names, sums)} if taken else {}
-            roots = (host[-len(norms) :] * self.shards).sqrt().tolist()  # a mean over ranks; each replica holds every shard
-            return Window(means, dict(zip(norms, roots)), round(skipped), round(in_a_row), stops > 0, rate)
-
-        return read
+        return Window(means, dict(zip(norms, roots)), round(skipped), round(in_a_row), stops > 0, steps)
 
 
 def write_header(log: Log, cfg: Config, frozen: Frozen, model: PRX, data: dict, device: torch.device,
@@ -1686,13 +1675,15 @@ def train(cfg: Config, resume: str, device: torch.device, mesh: DeviceMesh, watc
     stop = False
 
     def report(step: int, stage: Stage, seconds: float, window: Window) -> None:
-        """Log a window; raises UserError where too many steps in a row were skipped."""
+        """Log a window that ends at `seconds` on the clock; raises UserError where too many steps in a row were skipped."""
+        rate = window.steps / (seconds - float(progress["seconds"]))  # steps a second
+        progress["seconds"].fill_(seconds)
         progress["skipped"] += window.skipped
         terms = "  ".join(f"{name} {mean:.4f}" for name, mean in window.means.items())
-        left = datetime.timedelta(seconds=round((end - step) / window.rate))
+        left = datetime.timedelta(seconds=round((end - step) / rate))
         cost = f"  {seconds / 3600:.2f} h ${seconds / 3600 * world * cfg.price:,.2f}" if device.type == "cuda" else ""
         skips = f"  skipped {int(progress['skipped'])}" if progress["skipped"] else ""
-        speed = window.rate * stage.global_batch
+        speed = rate * stage.global_batch
         log.write(f"step {step}/{end}  {terms}  {speed:.1f} images/s  {seconds:.2f} s  {left} left{cost}{skips}")
         norms = {name: norm for name, norm in window.norms.items() if math.isfinite(norm)}  # JSON has no NaN
         log.metrics(step, **window.means, **norms, lr=cfg.lr * lr_factor(cfg, step - 1), images_per_second=speed,
@@ -1720,7 +1711,6 @@ def train(cfg: Config, resume: str, device: torch.device, mesh: DeviceMesh, watc
         scorer = Scorer(cfg.score, chunks.sets, cfg.score_n, device, batch=cfg.micro_batch) if cfg.score else None
         started += time.perf_counter() - paused
         meter = Meter(["loss", *term_names(cfg, frozen, stage), "grad_norm"], mesh, device)
-        windows = []  # closed, not yet reported
         first = True  # the stage's first step waits for its readers to start
 
         def sample(prompts: list[str], seeds: Iterable[int]) -> np.ndarray:
@@ -1743,23 +1733,17 @@ def train(cfg: Config, resume: str, device: torch.device, mesh: DeviceMesh, watc
                     watch.stepping.set()
 
             if closing:
-                windows.append((step, stage, time.perf_counter() - started, meter.close(bool(signals), norms)))
-                # A GPU's window is read at the end of the next, when it has long arrived: the step never waits
-                while len(windows) > (device.type == "cuda" and not pause and not stop):
-                    *when, read = windows.pop(0)
-                    window = read()
-                    report(*when, window)
-                    stop = stop or window.stop
+                window = meter.close(bool(signals), norms)
+                seconds, stop = time.perf_counter() - started, window.stop
+                report(step, stage, seconds, window)
             if pause or stop:
-                paused = time.perf_counter()
                 progress["step"].fill_(step)
-                progress["seconds"].fill_(paused - started)
                 with ema.applied(), torch.compiler.set_stance("force_eager"):
                     if eval_due:
                         losses = held_out_losses(model, chunks, encode_text, cfg, device)
                         if len(losses):
                             log.write(f"step {step}/{end}  held-out loss {losses.mean():.4f}")
-                            log.metrics(step, held_out=losses.mean().item(), seconds=paused - started)
+                            log.metrics(step, held_out=losses.mean().item(), seconds=seconds)
                     if sample_due:
                         prompts = [prompt for s in chunks.sets for prompt in s.manifest["prompts"]][:16]
                         sheet = draw_grid(sample(prompts, range(len(prompts))), prompts)
@@ -1768,7 +1752,7 @@ def train(cfg: Config, resume: str, device: torch.device, mesh: DeviceMesh, watc
                         scores = scorer(sample)
                         found = "  ".join(f"{name} {score.value:.4g} +-{score.error:.2g}" for name, score in scores.items())
                         log.write(f"step {step}/{end}  {found}")
-                        log.metrics(step, **{name: score.value for name, score in scores.items()}, seconds=paused - started,
+                        log.metrics(step, **{name: score.value for name, score in scores.items()}, seconds=seconds,
                                     **{f"{name}_error": score.error for name, score in scores.items()})
                 if save_due or stop:
                     drifted = ranks.drifted_ranks(dict(named_tensors(state)), mesh)
@@ -1778,8 +1762,7 @@ def train(cfg: Config, resume: str, device: torch.device, mesh: DeviceMesh, watc
                         raise UserError(f"at step {step} the weights of {who} are not those of its replicas: a GPU, its memory or "
                                         f"a link is broken; without it, the same command continues from {run.last()}")
                     run.save(state, step)
-                started += time.perf_counter() - paused
-                meter.reset()
+                started = time.perf_counter() - seconds
         ranks.set_timeout(ranks.PATIENCE, mesh)
 
     # Finish
