@@ -28,8 +28,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
-from ctypes import CDLL
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from glob import escape, glob
 from itertools import islice
@@ -52,7 +51,7 @@ from tqdm import tqdm
 from transformers import AutoConfig
 
 from ranks import from_launcher, world_size
-from shards import UserError, file_sha256, folder_revision, is_held_out, read_manifest, text_folder
+from shards import UserError, end_with_parent, file_sha256, folder_revision, is_held_out, read_manifest, text_folder
 from train_prx import Config, Parser, T5GemmaText, resolve_precision, run_main, usable_device
 from weights import load_pretrained
 
@@ -361,7 +360,7 @@ tick: Callable[[], None] = lambda: None  # counts a row as done; set where there
 def start_worker(done, stop) -> None:
     """What a worker does first: one thread, no reaction to Ctrl-C, death with its parent, and `tick` through shared memory."""
     global tick
-    CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: a killed command must not go on without its lock
+    end_with_parent()  # a killed command must not go on without its lock
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
 
@@ -370,6 +369,11 @@ def start_worker(done, stop) -> None:
             done.value += 1
         if stop.is_set():
             raise Stopped
+
+
+def cores() -> int:
+    """How many cores this process may use; macOS does not say, so there it is how many the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def in_workers(tasks: Iterable[tuple], workers: int, bar: tqdm) -> Iterator:
@@ -906,7 +910,7 @@ def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], fl
 def main(argv: list[str]) -> None:
     parser = Parser(prog="data_prep.py", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    processes = len(os.sched_getaffinity(0))
+    processes = cores()
 
     command = commands.add_parser("build", help="a set of captioned pictures -> shards")
     command.set_defaults(run=build)

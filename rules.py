@@ -84,9 +84,9 @@ EARLIER = {  # sha256 of an earlier version of a fixed source that scores alike 
     "d3b48d3b6efb48c0397a7f0a72d05a04d4ed05319b7f0c4dbaee0ff6c4b33abc": "metrics.py gathered features by a function that torch 2.14 calls deprecated",
 }
 
-RATE_SLACK = 0.05, 0.01  # seconds and share: a window's images/s is taken a few lines of Python after its clock
-START_SLACK = 10.0  # seconds: at a stage's start its readers start on the clock, and not in images/s
-END_SLACK = 1.0  # seconds: when it writes its last window, a GPU still computes what has been sent to it
+RATE_SLACK = 0.05, 0.01  # seconds and share: logs until 2026-11-25 took a window's images/s a few lines of Python after its clock
+START_SLACK = 10.0  # seconds: in those, readers started on the clock, and not in images/s, at a stage's start
+END_SLACK = 1.0  # seconds: in those, a GPU was still computing when its last window was written
 WALL_SLACK = 1.0  # seconds: timestamps are whole
 IDLE = 120.0, 0.3  # seconds and share of the clock that a run takes before and after it: set-up, and the score at its end
 PRICE = 2.0  # dollars a GPU-hour, for everyone

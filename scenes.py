@@ -586,7 +586,7 @@ def size_list(text: str) -> list[int]:
 
 def main(argv: list[str]) -> None:
     # Imported here: the rest of this file needs no torch, and train_prx.py may then import it.
-    from data_prep import ROWS_A_PART, Part, write_dataset
+    from data_prep import ROWS_A_PART, Part, cores, write_dataset
     from train_prx import Parser, UserError
 
     parser = Parser(prog="scenes.py", description="Make a data set of procedural captioned pictures, or its teacher.")
@@ -620,7 +620,7 @@ def main(argv: list[str]) -> None:
 
     write_dataset(args.out, parts, partial(make_rows, args.size, args.seed, args.level), settings=settings, total=args.rows,
                   prompts=[caption(scene) for scene in make_scenes(16, args.seed, "held_out", args.level)],
-                  workers=len(os.sched_getaffinity(0)))
+                  workers=cores())
 
 
 if __name__ == "__main__":

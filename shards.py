@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import mmap
+import multiprocessing
 import os
 import signal
 import sys
@@ -292,14 +293,21 @@ class Ring(torch.utils.data.Dataset):
         return [x for slot in self.slots for x in (slot.images, slot.latents) if x is not None]
 
 
+def end_with_parent() -> None:
+    """Let this worker process be killed when the process that forked it ends, however that ends (on Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != multiprocessing.parent_process().pid:  # it has ended already
+            os._exit(1)
+
+
 def become_reader(worker: int) -> None:
     """Make a process that reads chunks live exactly as long as the one that trains.
 
     Clusters send signals to every process, and the readers of a rank that is told to save and stop are still needed.
     """
     os.setpgid(0, 0)  # Ctrl-C is for the process group
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: a reader that outlives a killed rank keeps its locks
+    end_with_parent()  # a reader that outlives a killed rank keeps its locks
     polite = {signal.SIGTERM, signal.SIGUSR1}
     signal.pthread_sigmask(signal.SIG_BLOCK, polite)
 

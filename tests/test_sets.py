@@ -454,6 +454,7 @@ def test_kill_9_during_embed_changes_nothing(tmp_path, networks):
 
 def test_workers_die_with_the_command(tmp_path):
     make_set(tmp_path / "in", "midjourney", rows=400)
+    deadline = time.monotonic() + patience()
     running = start(tmp_path, "data_prep.py", "build", "--source=midjourney", "--input=in", "--out=out", "--size=64", "--workers=2")
     group = running.processes[0].pid  # each command leads a process group, and its workers are in it
 
@@ -461,13 +462,13 @@ def test_workers_die_with_the_command(tmp_path):
         stats = (path.read_text().rpartition(")")[2].split() for path in Path("/proc").glob("[0-9]*/stat") if path.exists())
         return [fields[0] for fields in stats if int(fields[2]) == group and fields[0] != "Z"]
 
-    deadline = time.monotonic() + patience()
     while len(members()) < 3:
-        assert time.monotonic() < deadline
+        assert running.alive() and time.monotonic() < deadline
         time.sleep(0.01)
     running.kill(signal.SIGKILL)
-    time.sleep(0.5)
-    assert not members()
+    while members():
+        assert time.monotonic() < deadline, "orphans"
+        time.sleep(0.01)
 
 
 def test_a_build_begun_with_other_settings_is_not_continued(tmp_path, sets):
