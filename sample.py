@@ -1,47 +1,127 @@
-"""Prompts -> pictures, their scores, and a door to diffusers.
+"""Prompts -> pictures.
 
     python sample.py --checkpoint=runs/try1 --prompt="a large red circle in the top left" --n=4 --out=out.png
-    python sample.py --checkpoint=runs/try1 --prompt="..." --sweep                      guidance kinds and scales, one sheet
+    python sample.py --checkpoint=runs/try1 --prompt="..." --sweep            guidance kinds and scales, one sheet
+    python sample.py --checkpoint=runs/try1 --like=out.png --guidance=self    as that was drawn, but for the guidance
     torchrun --nproc_per_node=8 -- sample.py --checkpoint=runs/try1 --prompts=prompts.txt --out=pictures/
-    python sample.py score  --checkpoint=runs/try1 --metric=scenes
-    python sample.py export --checkpoint=runs/try1 --out=export/
-    python sample.py import --from=Photoroom/prx-512-t2i --out=imported/
-    python sample.py curves --runs=runs/try1,runs/try2 --out=curves.png
 
-Reads `ema.safetensors` only: averaged weights, with the run's config in their metadata. Nothing is unpickled. How pictures
-are scored is in metrics.py, what curves show in curves.py, what is exported and imported in exchange.py.
+Reads `ema.safetensors` only: averaged weights, with the run's config in their metadata. Nothing is unpickled. What else
+there is to do with weights: tools/score.py, tools/exchange.py (diffusers), tools/curves.py.
 """
-
 import contextlib
+import functools
 import json
 import logging
-import re
-from argparse import ArgumentTypeError
+import os
+import sys
+import textwrap
+from argparse import ArgumentTypeError, Namespace
 from collections.abc import Callable, Iterator
-from dataclasses import replace
-from functools import partial
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngImageFile, PngInfo
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
 from tqdm import tqdm
 
-import ranks
-import scenes
-from curves import draw_curves
-from exchange import export_diffusers, import_weights, read_checkpoint
-from metrics import METRICS, Scorer, gather_rows, level_of, my_share, rank_and_world, resample_weights, to_score
-from run_folder import draw_grid
-from shards import RowSet, file_sha256, read_manifest
-from train_prx import (PRESETS, PRX, Chunks, Config, Parser, TextEncoder, UserError, compiler_trouble, compute_dtype, draw, gpu_trouble,
-                       held_out_losses, load_text_encoder, run_main, sampling_settings, to_uint8, usable_device)
-from weights import weights_file
+from train_prx import (
+    CHOICES, PRX, Config, Parser, Stage, TextEncoder, UserError, check_config, compiler_trouble, compute_dtype, draw,
+    file_sha256, gpu_trouble, load_text_encoder, run_main, sampling_settings)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints
+
+FORMER_FIELDS = {"init", "score", "score_every", "score_n", "track", "price", "keep_every"}  # of configs, of no use now
+
+
+def config_from_json(values: dict) -> Config:
+    """The inverse of `config_to_json`; raises UserError where a field is unknown or of another type."""
+    values = {name: value for name, value in values.items() if name not in FORMER_FIELDS}
+    if values.get("frozen") == "scene":  # a teacher of the former layout
+        values["frozen"] = "pretrained"
+    unknown = set(values) - {f.name for f in fields(Config)}
+    if unknown:
+        raise UserError(f"config has fields that this version does not know: {', '.join(sorted(unknown))}")
+    stages = tuple(Stage(**stage) for stage in values["stages"])
+    cfg = Config(**values | {"stages": stages, "adam_betas": tuple(map(float, values["adam_betas"]))})
+    for part in (cfg, *stages):
+        for f in fields(part):
+            value, valid = getattr(part, f.name), (float, int) if f.type is float else (f.type,)
+            if f.type in (bool, int, float, str) and type(value) not in valid:
+                raise UserError(f"config has {f.name} {value!r}, which is no {f.type.__name__}")
+    for name, choices in CHOICES.items():
+        if getattr(cfg, name) not in choices:
+            raise UserError(f"config has {name} {getattr(cfg, name)!r}, which is none of {', '.join(choices)}")
+    if not stages:
+        raise UserError("config has no stage")
+    return cfg
+
+
+def weights_file(path: str | Path) -> Path:
+    """The safetensors file that `path`, a run's folder or the file itself, stands for; raises UserError."""
+    file = Path(path) / "ema.safetensors" if Path(path).is_dir() else Path(path)
+    if not file.is_file():
+        raise UserError(f"no checkpoint at {path}: it takes a run's folder (runs/NAME) or its ema.safetensors, "
+                        "which train_prx.py writes at its first save")
+    return file
+
+
+def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors of a run's folder or a safetensors file, in fp32, and the file's metadata; raises UserError."""
+    file = weights_file(path)
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            metadata = tensors.metadata() or {}
+            state = {name: tensors.get_tensor(name) for name in tensors.keys()}
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"cannot read {file}: {error}") from None
+    for name, tensor in state.items():
+        if not tensor.is_floating_point():
+            raise UserError(f"{file} is damaged: {name} is of {tensor.dtype}, and weights are floating-point numbers")
+        state[name] = tensor.float()
+        if not state[name].isfinite().all():
+            raise UserError(f"{file} is damaged: {name} has values that are not finite in fp32")
+    return state, metadata
+
+
+def fill(model: PRX, state: dict[str, Tensor], source: str | Path) -> None:
+    """Make tensors the weights of a model, on any device; raises UserError unless names and shapes are the model's."""
+    parameters = dict(model.named_parameters())
+    for name in sorted(parameters.keys() | state.keys()):
+        ours, theirs = (tuple(tensors[name].shape) if name in tensors else "none" for tensors in (parameters, state))
+        if ours != theirs:
+            raise UserError(f"{source}: {name} has shape {theirs}, but the model's is {ours}")
+    model.load_state_dict(state, assign=True)
+
+
+def read_checkpoint(path: str | Path) -> tuple[PRX, Config, dict[str, str]]:
+    """The averaged weights of a run in fp32 on the CPU, its config, and the file's metadata.
+
+    Raises UserError where the file is no nanoPRX checkpoint, is damaged, or has not the tensors that its config says.
+    """
+    if any((Path(path) / name).is_file() for name in ("config.json", "transformer/config.json")):
+        raise UserError(f"{path} is of diffusers: first `python tools/exchange.py import --from={path} --out=DIR`")
+    file = weights_file(path)
+    state, metadata = read_weights(file)
+    if metadata.get("format") != "nanoprx":
+        raise UserError(f"{file} is not a nanoPRX checkpoint: its metadata has no config")
+    try:
+        cfg = config_from_json(json.loads(metadata["config"]))
+        check_config(replace(cfg, name="any"))
+        if cfg.depth > len(state):  # or building so many would take minutes
+            raise UserError(f"its config says {cfg.depth} blocks, and it has {len(state)} tensors")
+        with torch.device("meta"):
+            model = PRX(cfg)
+    except Exception as error:  # a damaged config raises almost anything
+        reason = error if isinstance(error, UserError) else f"its config is damaged ({type(error).__name__})"
+        raise UserError(f"{file}: {reason}") from None
+    model.repa_projector = None  # stays with the run
+    fill(model, state, file)
+    return model.eval().requires_grad_(False), cfg, metadata
 
 
 def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> tuple[PRX, Config, TextEncoder]:
@@ -55,170 +135,146 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> tup
     return model.to(device, dtype), cfg, load_text_encoder(cfg, device, dtype)
 
 
-def load(args, device: torch.device) -> tuple[PRX, Config, TextEncoder]:
-    """`load_checkpoint` as the flags say."""
-    model, cfg, encode_text = load_checkpoint(args.checkpoint, device)
+def usable_device() -> str:
+    """"cuda" where there is a GPU, else "cpu"; a GPU that cannot be used is said on stderr, once a node."""
+    if gpu_trouble() and os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"warning: this machine's GPU is not used: {gpu_trouble()}", file=sys.stderr)
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def load(args: Namespace) -> tuple[PRX, Config, TextEncoder, torch.device]:
+    """`load_checkpoint` as --checkpoint, --device and --compile say, and the device: the next GPU for each process."""
+    if args.device == "cuda" and (gpu_trouble() or not torch.cuda.is_available()):
+        raise UserError(f"--device=cuda: {gpu_trouble() or 'no GPU is visible'}")
+    device = torch.device(args.device or usable_device())
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     if args.compile and compiler_trouble(device):
         raise UserError(f"--compile=1: {compiler_trouble(device)}")
+    model, cfg, encode_text = load_checkpoint(args.checkpoint, device)
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # of absent CUDA
-    torch._dynamo.config.recompile_limit = 64  # a block compiles for each batch size, routed or not, and 32 tokens of text
+    torch._dynamo.config.recompile_limit = 64  # a block compiles for each batch, routed or not, and 32 tokens of text
     for block in model.blocks if args.compile else []:
         block.compile(dynamic=False)
-    return model, cfg, encode_text
+    return model, cfg, encode_text, device
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Sampling
 
 
-SETTINGS = ("steps", "guidance", "scale", "interval", "drop", "shift")  # of generate, and flags
+def settings_of(args: Namespace, cfg: Config, size: tuple[int, int]) -> dict:
+    """The settings of `generate`: the flags where given, else those of the run's own samples. Raises UserError."""
+    if size[0] % cfg.patch or size[1] % cfg.patch:
+        raise UserError(f"--size={size[0]}x{size[1]}: both must be multiples of the patch, {cfg.patch}")
+    flags = {name: vars(args)[name] for name in ("sample_steps", "guidance", "scale", "drop", "shift")}
+    given = {name: value for name, value in flags.items() if value is not None}
+    sides = tuple(replace(cfg.stages[-1], image_size=side) for side in size)
+    asked = replace(cfg, name="any", stages=sides, **given)
+    check_config(asked)
+    return {**sampling_settings(asked), "interval": args.interval}
 
 
-def draw_batches(model: PRX, encode_text: TextEncoder, prompts: list[str], seeds: list[int], size: tuple[int, int], batch: int,
-                 items: list[int], **settings) -> Iterator[tuple[list[int], np.ndarray]]:
-    """The pictures of the given items, `batch` at a time: (their items, uint8 [B, H, W, 3]); settings as `generate` takes them."""
-    quiet = rank_and_world()[0] > 0 or None  # None: quiet where stderr is no terminal
-    with tqdm(total=-(-len(items) // batch) * settings["steps"], desc="sampling", unit=" steps", disable=quiet, delay=1) as bar:
+def to_uint8(x0: torch.Tensor) -> np.ndarray:
+    """Images [B, 3, H, W] in [-1, 1] -> uint8 [B, H, W, 3]."""
+    return ((x0.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def draw_batches(model: PRX, encode_text: TextEncoder, prompts: list[str], seeds: list[int], size: tuple[int, int],
+                 batch: int, items: list[int], **settings) -> Iterator[tuple[list[int], np.ndarray]]:
+    """The pictures of the given items of `prompts` and `seeds`, `batch` at a time: (their items, uint8 [B, H, W, 3]).
+
+    A picture depends on its prompt, seed and settings (those of `generate`) alone. Raises UserError if memory is full.
+    """
+    with tqdm(total=-(-len(items) // batch) * settings["steps"], desc="sampling", unit=" steps", delay=1,
+              disable=os.environ.get("RANK", "0") != "0" or None) as bar:  # None: quiet where stderr is no terminal
         for first in range(0, len(items), batch):
             part = items[first : first + batch]
-            x0 = draw(model, encode_text, [prompts[i] for i in part], [seeds[i] for i in part], size,
-                      after_step=bar.update, **settings)
+            try:
+                x0 = draw(model, encode_text, [prompts[i] for i in part], [seeds[i] for i in part], size,
+                          after_step=bar.update, **settings)
+            except RuntimeError as error:  # torch.OutOfMemoryError is one; the second is the CPU's
+                if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
+                    raise
+                what = f"{len(part)} pictures of {size[1]} x {size[0]} px at a time"
+                raise UserError(f"out of memory with {what}: pass a lower --batch, or a smaller --size") from None
             yield part, to_uint8(x0)
 
 
-def sample_images(model: PRX, encode_text: TextEncoder, prompts: list[str], seeds: list[int], size: tuple[int, int],
-                  batch: int, **settings) -> np.ndarray:
-    """Pictures uint8 [len(prompts), H, W, 3], each rank drawing a share; one depends on its prompt, seed and settings only.
-
-    settings: those of `train_prx.generate`.
-    """
-    parts = draw_batches(model, encode_text, prompts, seeds, size, batch, my_share(len(prompts)), **settings)
-    images = np.concatenate([images for _, images in parts])
-    return gather_rows(torch.from_numpy(images), len(prompts)).numpy()
-
-
-def sample(args, device: torch.device) -> None:
-    """`sample.py`: draw prompts and write one picture, a sheet of several, or a folder with one file a picture."""
-    prompts = read_prompts(args)
+def sample(args: Namespace) -> None:
+    """Draw one picture, a sheet of several, or a folder, which the processes that torchrun started share."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    is_folder, prompts = not args.out.suffix, args.prompts or args.prompt
     seeds = args.seeds or list(range(args.seed, args.seed + args.n))
-    if args.out.suffix not in (".png", ""):
-        raise UserError(f"--out={args.out}: a picture or sheet ends in .png, a folder of pictures has no ending")
-    if args.sweep and (len(prompts) > 1 or len(seeds) > 1 or not args.out.suffix):
-        raise UserError("--sweep draws a sheet of one prompt with one seed: give one --prompt, no --n, and an --out that ends "
-                        "in .png")
-    if not args.out.suffix and args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
-        raise UserError(f"--out={args.out} exists and is not empty: name another folder")
-    dist.barrier()  # before any rank writes there
-    model, cfg, encode_text = load(args, device)
-    weights_hash = file_sha256(weights_file(args.checkpoint))
-    if args.like and (other := read_text(args.like)["checkpoint"]) != weights_hash:
-        raise UserError(f"--like={args.like} was drawn with a checkpoint of sha256 {other[:12]}, and {args.checkpoint} has "
-                        f"{weights_hash[:12]}")
-    side = cfg.stages[-1].image_size
-    size = args.size or (side, side)
-    settings = settings_of(args, cfg, size)
-    said = {"size": f"{size[0]}x{size[1]}", **settings, "interval": "{}:{}".format(*settings["interval"]),
-            "checkpoint": weights_hash}
-    is_main = dist.get_rank() == 0
-    if args.sweep:
-        sheet = sweep(model, cfg, encode_text, prompts[0], seeds[0], size, args.batch, args.sweep, settings)
-        if is_main:
-            scales = ",".join(map(str, args.sweep))
-            save_picture(sheet, args.out, prompt=prompts[0], seed=seeds[0], sweep=scales, **said)
-            print(f"{args.out}: scales {scales}, {settings['steps']} steps, seed {seeds[0]}")
-        return
-    repeated, each = [prompt for prompt in prompts for _ in seeds], seeds * len(prompts)
-    if args.out.suffix:
-        images = sample_images(model, encode_text, repeated, each, size, args.batch, **settings)
-        if is_main and len(images) == 1:
-            save_picture(Image.fromarray(images[0]), args.out, prompt=prompts[0], seed=seeds[0], **said)
-        elif is_main:
-            save_picture(draw_grid(images, repeated, columns=max(len(seeds), 4)), args.out, prompts=prompts, seeds=seeds, **said)
-    else:
-        mine = list(range(len(repeated)))[dist.get_rank() :: dist.get_world_size()]
-        for items, images in draw_batches(model, encode_text, repeated, each, size, args.batch, mine, **settings):
-            for i, image in zip(items, images):
-                name = f"{i // len(seeds):05d}-{each[i]}.png"
-                save_picture(Image.fromarray(image), args.out / name, prompt=repeated[i], seed=each[i], **said)
-        dist.barrier()
-    if is_main:
-        print(f"{args.out}: {len(repeated)} image(s) of {size[1]} x {size[0]} px, guidance {settings['guidance']} "
-              f"{settings['scale']:g}, {settings['steps']} steps, seeds from {seeds[0]}")
-
-
-def read_prompts(args) -> list[str]:
-    """The prompts that the flags name."""
-    if args.prompts is not None:
-        try:
-            prompts = [line.strip() for line in Path(args.prompts).read_text().splitlines() if line.strip()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"cannot read --prompts={args.prompts}: {error}") from None
-        if not prompts:
-            raise UserError(f"--prompts={args.prompts} has no prompt: write one a line")
-        return prompts
-    if args.prompt is None:
+    if not prompts:
         raise UserError('nothing to draw: give --prompt="..." or --prompts=FILE with a prompt a line')
-    if any("\ud800" <= letter <= "\udfff" for prompt in args.prompt for letter in prompt):  # what Python makes of other bytes
-        raise UserError("--prompt is not UTF-8 text")
-    return args.prompt
+    if args.sweep and (len(prompts) * len(seeds) > 1 or is_folder):
+        raise UserError("--sweep draws a sheet of one prompt and seed: one --prompt, no --n, and --out=FILE.png")
+    repeated = [prompt for prompt in prompts for _ in seeds]
+    each = [seed + args.seed_step * p for p in range(len(prompts)) for seed in seeds]
+    names = [f"{i // len(seeds):05d}-{seed}.png" for i, seed in enumerate(each)]
+    of_others = {name for i, name in enumerate(names) if i % world != rank}  # which may be there by now
+    if is_folder and any(path.name not in of_others for path in args.out.glob("*")):
+        raise UserError(f"--out={args.out} exists and is not empty: name another folder")
+    if not is_folder and rank > 0:
+        return  # the first one draws it alone
+
+    model, cfg, encode_text, _ = load(args)
+    size = args.size or (cfg.stages[-1].image_size, cfg.stages[-1].image_size)
+    settings = settings_of(args, cfg, size)
+    said = {"size": f"{size[0]}x{size[1]}", **settings, "interval": "{}:{}".format(*args.interval),
+            "checkpoint": file_sha256(weights_file(args.checkpoint))}
+    mine = [i for i in range(len(each)) if not is_folder or i % world == rank]
+    draw_mine = functools.partial(draw_batches, model, encode_text, repeated, each, size, args.batch, mine)
+    if args.sweep:  # a row for each kind of guidance, first without it, then at each scale
+        kinds = ("self", "cfg") if len(cfg.route) else ("cfg",)
+        pairs = [(kind, scale) for kind in kinds for scale in (1.0, *args.sweep)]
+        images = [x for kind, scale in pairs for _, x in draw_mine(**settings | {"guidance": kind, "scale": scale})]
+        labels = ["no guidance" if scale == 1 else f"{kind}, scale {scale:g}" for kind, scale in pairs]
+        sheet = draw_grid(np.concatenate(images), labels, columns=1 + len(args.sweep), title=prompts[0])
+        scales = ",".join(map(str, args.sweep))
+        save_picture(sheet, args.out, prompt=prompts[0], seed=seeds[0], sweep=scales, **said)
+    elif is_folder or len(each) == 1:
+        for items, images in draw_mine(**settings):
+            for i, image in zip(items, images):
+                path = args.out / names[i] if is_folder else args.out
+                save_picture(Image.fromarray(image), path, prompt=repeated[i], seed=each[i], **said)
+    else:
+        images = np.concatenate([images for _, images in draw_mine(**settings)])
+        sheet = draw_grid(images, repeated, columns=max(len(seeds), 4))
+        save_picture(sheet, args.out, prompts=prompts, seeds=seeds, seed_step=args.seed_step, **said)
+    print(f"{args.out}: {len(mine)} of {len(each)} image(s), {size[1]} x {size[0]} px, seeds from {seeds[0]}")
 
 
-def settings_of(args, cfg: Config, size: tuple[int, int]) -> dict:
-    """The settings of `generate`: the flags where given, else what the run drew its own samples with. Raises UserError."""
-    given = {name: getattr(args, name) for name in SETTINGS}
-    settings = {"interval": (0.0, 1.0), **sampling_settings(cfg), **{name: x for name, x in given.items() if x is not None}}
-    if settings["guidance"] == "self" and len(cfg.route) == 0:
-        raise UserError(f"--guidance=self needs routed blocks, and {args.checkpoint} has none: use cfg or none")
-    if size[0] % cfg.patch or size[1] % cfg.patch:
-        raise UserError(f"--size={size[0]}x{size[1]}: both must be multiples of the patch, {cfg.patch}")
-    N = size[0] * size[1] // cfg.patch**2
-    if N == round(N * settings["drop"]) and (settings["guidance"] == "self" or getattr(args, "sweep", None)):
-        raise UserError(f"--drop={settings['drop']} leaves none of the {N} tokens of {size[0]}x{size[1]} pixels")
-    return settings
+def draw_grid(images: np.ndarray, prompts: list[str], columns: int = 4, title: str = "") -> Image.Image:
+    """Images uint8 [B, H, W, 3] as a sheet, each with its prompt below; small ones are enlarged to 192px."""
+    H, W = images.shape[1:3]
+    zoom, columns = max(1, 192 // W), min(columns, len(images))
+    font, large = ImageFont.load_default(size=12), ImageFont.load_default(size=15)
+    head = wrap(title, large, columns * (W * zoom + 8) - 8)
+    lines = [wrap(prompt, font, W * zoom)[:6] for prompt in prompts]
+    top = 12 + 20 * len(head) if head else 0
+    cell_w, cell_h = W * zoom + 8, H * zoom + 16 + 15 * max(1, *map(len, lines))
+    sheet = Image.new("RGB", (columns * cell_w, top + -(-len(images) // columns) * cell_h), "white")
+    pen = ImageDraw.Draw(sheet)
+    pen.text((4, 6), "\n".join(head), fill="black", font=large, spacing=5)
+    for i, (image, text) in enumerate(zip(images, lines)):
+        x, y = i % columns * cell_w + 4, top + i // columns * cell_h + 4
+        sheet.paste(Image.fromarray(image).resize((W * zoom, H * zoom), Image.Resampling.NEAREST), (x, y))
+        pen.text((x, y + H * zoom + 3), "\n".join(text), fill="black", font=font)
+    return sheet
 
 
-def read_text(file: Path) -> dict[str, str]:
-    """The text of a PNG; raises UserError where there is none of ours."""
-    try:
-        with PngImageFile(file) as picture:  # not Image.open, which refuses large ones: the text comes before the pixels
-            text = dict(picture.text)
-    except (OSError, ValueError, SyntaxError) as error:  # SyntaxError: Pillow's, of a file that is no PNG
-        raise UserError(f"cannot read --like={file}: {error}") from None
-    if not text.keys() >= {"size", "steps", "guidance", "checkpoint"}:
-        raise UserError(f"--like={file} was not drawn by sample.py: it does not say how")
-    return text
-
-
-def flags_of(file: Path, given: list[str]) -> list[str]:
-    """The flags that draw a PNG again, from its text; those that are `given` anyway are left out."""
-    text = read_text(file)
-    try:
-        prompts = list(map(str, json.loads(text["prompts"]))) if "prompts" in text else [text["prompt"]]
-        seeds = ",".join(map(str, json.loads(text["seeds"]) if "seeds" in text else [text["seed"]]))
-    except (KeyError, ValueError, TypeError, RecursionError):
-        raise UserError(f"--like={file} is damaged: it does not say what it shows") from None
-    names = {flag.partition("=")[0].removeprefix("--") for flag in given if flag.startswith("--")}
-    flags = [] if names & {"prompt", "prompts"} else [f"--prompt={prompt}" for prompt in prompts]
-    if not names & {"seed", "seeds"}:
-        flags.append(f"--seed={seeds.partition(',')[0]}" if "n" in names else f"--seeds={seeds}")
-    return flags + [f"--{name}={text[name]}" for name in ("size", *SETTINGS, "sweep") if name in text and name not in names]
-
-
-def sweep(model: PRX, cfg: Config, encode_text: TextEncoder, prompt: str, seed: int, size: tuple[int, int], batch: int,
-          scales: list[float], settings: dict) -> Image.Image:
-    """One prompt and seed as a labelled sheet: a row for each kind of guidance, first without it, then at each scale."""
-    kinds = ["self", "cfg"] if len(cfg.route) else ["cfg"]
-    plain = sample_images(model, encode_text, [prompt], [seed], size, batch, **{**settings, "guidance": "none"})
-    images, labels = [], []
-    for kind in kinds:
-        images += [plain, *(sample_images(model, encode_text, [prompt], [seed], size, batch,
-                                          **{**settings, "guidance": kind, "scale": scale}) for scale in scales)]
-        labels += ["no guidance", *(f"{kind}, scale {scale:g}" for scale in scales)]
-    return draw_grid(np.concatenate(images), labels, columns=1 + len(scales), title=prompt)
+def wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+    """Lines of text, each at most `width` pixels wide."""
+    letters = max(1, int(width / font.getlength("i")))
+    while letters > 1 and any(font.getlength(line) > width for line in textwrap.wrap(text, letters)):
+        letters -= 1
+    return textwrap.wrap(text, letters)
 
 
 def save_picture(picture: Image.Image, path: Path, **said) -> None:
-    """Write a PNG that says of itself what is `said`, its folder too if need be; raises UserError where that cannot be."""
+    """Write a PNG that says of itself what is `said`, its folder too if need be; raises UserError where it cannot."""
     text = PngInfo()
     for key, value in said.items():
         text.add_text(key, value if isinstance(value, str) else json.dumps(value))
@@ -230,263 +286,88 @@ def save_picture(picture: Image.Image, path: Path, **said) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Scores
-
-MEANING = {"objects": "right colour in the right place", "exact": "and right shape, size and texture", "colour": "right colour",
-           "place": "something is there", "size": "right size", "shape": "right shape", "texture": "right texture",
-           "background": "right background", "scenes": "every object exact, nothing else",
-           "cmmd": "CLIP embeddings, MMD x 1000", "mmd": "DINOv2 embeddings, MMD x 1000", "fdd": "Frechet distance, DINOv2",
-           "fid": "Frechet distance, Inception-v3", "held_out": "flow-matching loss of held-out rows"}
-
-
-def score(args, device: torch.device) -> None:
-    """`sample.py score`: pictures of held-out prompts beside what they should be; writes score_METRIC.json and .png."""
-    wanted = [metric.strip() for metric in args.metric.split(",")]
-    of_pictures = [metric for metric in wanted if metric != "held_out"]
-    if unknown := [metric for metric in of_pictures if metric.partition(":")[0] not in METRICS]:
-        raise UserError(f"--metric={unknown[0]}: known are {', '.join(METRICS)} and held_out")
-    model, cfg, encode_text = load(args, device)
-    cfg = replace(cfg, data=args.data or cfg.data)
-    stage, file = cfg.stages[-1], weights_file(args.checkpoint)
-    side, folders, sets = stage.image_size, [part.partition(":")[0] for part in cfg.data.split(",")], []
-    settings = settings_of(args, cfg, (side, side))
-    if wanted != ["scenes"]:
-        sets = [RowSet(folder, replace(cfg, text_encoder="builtin"), side) for folder in folders]
-    level = args.level or level_of(read_manifest(folders[0]) if (Path(folders[0]) / "manifest.json").is_file() else {})
-    results, shown = {}, {}  # metric -> name -> Score; round -> pictures and prompts
-    of = {}  # metric -> how many pictures, and by which network
-
-    if of_pictures:
-        scorer = Scorer(",".join(of_pictures), sets, args.n, device, level=level, seed=args.seed, batch=args.batch)
-        found = scorer(lambda prompts, seeds: to_uint8(draw(model, encode_text, prompts, seeds, (side, side), **settings)))
-        for name, value in found.items():
-            metric, _, of_scenes = name.partition("_")
-            results.setdefault(metric, {})[of_scenes or metric] = value
-            network = scorer.networks[metric].key if metric in scorer.networks else ""
-            of[metric] = {"n": len(scorer.scenes if metric == "scenes" else scorer.prompts), "network": network}
-        shown = scorer.shown
-    if "held_out" in wanted:
-        losses = held_out_losses(model, Chunks(cfg, stage, 0), encode_text, cfg, device, args.n).cpu().double()
-        if len(losses) == 0:
-            raise UserError(f"--data={cfg.data} has no held-out rows: it is too small")
-        results["held_out"] = {"held_out": to_score(resample_weights(len(losses)) @ losses)}
-        of["held_out"] = {"n": len(losses), "network": ""}
-
-    if dist.get_rank() > 0:
-        return
-    for metric, scores in results.items():
-        print(f"{args.checkpoint}: {metric} of {of[metric]['n']}, {side}px, guidance {settings['guidance']} {settings['scale']:g}, "
-              f"{settings['steps']} steps; +- is half of the 95% interval")
-        for name, (value, error) in scores.items():
-            percent = f"{100 * value:6.1f}% +- {100 * error:.1f}"
-            print(f"  {name:10}{percent if metric == 'scenes' else f'{value:8.4f} +- {error:.4f}'}  {MEANING[name]}")
-    about = {"seed": args.seed, "level": level, "image_size": side, **settings, "checkpoint": file_sha256(file),
-             "data": {s.folder: s.manifest_hash for s in sets}}
-    try:
-        for metric, scores in results.items():
-            values, errors = ({name: pair[k] for name, pair in scores.items()} for k in (0, 1))
-            written = {**of[metric], **about, **values, "error": errors}
-            file.with_name(f"score_{metric}.json").write_text(json.dumps(written, indent=2) + "\n")
-    except OSError as error:
-        raise UserError(f"cannot write the scores beside {file}: {error.strerror}") from None
-    for kind, (images, prompts) in shown.items():
-        metric = "scenes" if kind == "scenes" else next(name for name in results if name not in ("scenes", "held_out"))
-        grid = file.with_name(f"score_{metric}.png")
-        if args.out:  # a sheet of its own for either kind
-            grid = args.out if len(shown) == 1 else args.out.with_stem(f"{args.out.stem}_{kind}")
-        save_picture(draw_grid(images, prompts), grid, metrics=args.metric, **about)
-        print(f"grid: {grid}")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Command line
 
 
-def export(args) -> None:
-    """`sample.py export`."""
-    export_diffusers(args.checkpoint, args.out)
+def checked(convert: Callable, is_valid: Callable, meaning: str) -> Callable:
+    """The type of a flag: text -> value; where that cannot be, or is not valid, argparse's error with the `meaning`."""
+    def parse(text: str):
+        with contextlib.suppress(ValueError, OSError):
+            value = convert(text)
+            if is_valid(value):
+                return value
+        raise ArgumentTypeError(f"{text!r} is not {meaning}")
+    return parse
 
 
-def import_(args) -> None:
-    """`sample.py import`."""
-    import_weights(**vars(args))
-
-
-def curves(args) -> None:
-    """`sample.py curves`: the runs' metrics.jsonl as pictures."""
-    runs = [Path(run) for run in args.runs.split(",")]
-    out = args.out or (runs[0] if runs[0].is_dir() else runs[0].parent) / "curves.png"
-    draw_curves(runs, out)
-    print(out)
-
-
-def image_size(text: str) -> tuple[int, int]:
-    """"512" or "512x768" (height x width) -> (H, W)."""
-    match = re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", text)
-    if match is None:
-        raise ArgumentTypeError(f"{text!r} is not a size in pixels, such as 512 or 512x768 (height x width)")
-    return int(match[1]), int(match[2] or match[1])
-
-
-def positive(text: str) -> int:
-    """A whole number from 1."""
-    if not re.fullmatch(r"\d{1,7}", text) or int(text) < 1:
-        raise ArgumentTypeError(f"{text!r} is not a whole number of at least 1" + " and below 10 million" * text.isdecimal())
-    return int(text)
-
-
-def number(low: float, high: float, text: str) -> float:
-    """A number in [low, high)."""
-    with contextlib.suppress(ValueError):
-        if low <= float(text) < high:
-            return float(text)
-    raise ArgumentTypeError(f"{text!r} is not a number in [{low:g}, {high:g})")
-
-
-share, scale = partial(number, 0, 1), partial(number, 0, 1000)
-
-
-def scale_list(text: str) -> list[float]:
-    """Numbers, comma separated."""
-    return [scale(part) for part in text.split(",")]
-
-
-def interval(text: str) -> tuple[float, float]:
-    """"0.2:0.8" -> (0.2, 0.8), in [0, 1]."""
-    with contextlib.suppress(ValueError):
-        low, high = map(float, text.split(":"))
-        if 0 <= low <= high <= 1:
-            return low, high
-    raise ArgumentTypeError(f"{text!r} is not an interval LOW:HIGH of times from 0, data, to 1, noise")
-
-
-def seed(text: str, limit: int = 2**62) -> int:
-    """A whole number that a generator takes as its seed, with room for the seeds of a sheet."""
-    if not text.isdecimal() or int(text) >= limit:
-        raise ArgumentTypeError(f"{text!r} is not a whole number from 0 to below 2^{limit.bit_length() - 1}")
-    return int(text)
-
-
-def seed_list(text: str) -> list[int]:
-    """Different seeds, comma separated."""
-    seeds = [seed(part, 2**63) for part in text.split(",")]
-    if len(set(seeds)) < len(seeds):
-        raise ArgumentTypeError(f"{text!r} has a seed twice")
-    return seeds
-
-
-def visible_device(text: str) -> str:
-    """cpu, or cuda where there is one."""
-    if text == "cpu":
-        return text
-    trouble = gpu_trouble() or "no GPU is visible"
-    if text == "cuda" and torch.cuda.is_available():
-        return text
-    raise ArgumentTypeError(f"{text!r} is not cpu, nor cuda here: {trouble}")
+WHOLE = checked(int, lambda n: 0 < n < 10**7, "a whole number of at least 1 and below 10 million")
+SEED = checked(int, lambda n: 0 <= n < 2**62, "a whole number from 0 to below 2^62")  # with room for those of a sheet
 
 
 def add_sampling_flags(parser: Parser) -> None:
-    parser.add_argument("--checkpoint", required=True, help="a run's folder or its ema.safetensors")
-    parser.add_argument("--steps", type=positive, default=None, help="Euler steps (default: the run's)")
-    parser.add_argument("--guidance", choices=["self", "cfg", "none"], default=None, help="dense against routed, prompt "
-                        "against empty prompt, or none (default: the run's)")
-    parser.add_argument("--scale", type=scale, default=None, help="guidance scale, 1 is none (default: the run's)")
-    parser.add_argument("--interval", type=interval, default=None, help="times LOW:HIGH at which to guide, 1 is noise (default: "
-                        "all)")
-    parser.add_argument("--drop", type=share, default=None, help="share of tokens routed around in self guidance (default: the "
-                        "run's)")
-    parser.add_argument("--shift", type=partial(number, 1e-3, 1000), default=None, help="time shift, more is more steps near "
-                        "noise (default: the run's)")
-    parser.add_argument("--seed", type=seed, default=0, help="seed of the first picture; the next has the next seed")
-    parser.add_argument("--batch", type=positive, default=32, help="pictures at a time; changes no picture")
-    parser.add_argument("--compile", type=int, choices=[0, 1], default=0, help="torch.compile the blocks: half a minute, then "
-                        "faster; for hundreds of pictures")
-    parser.add_argument("--device", type=visible_device, default=None, help="cpu or cuda (default: cuda where there is a GPU)")
+    """The flags of every command that draws."""
+    add = parser.add_argument
+    add("--steps", type=WHOLE, dest="sample_steps", metavar="STEPS", help="Euler steps (default: the run's)")
+    add("--guidance", choices=["self", "cfg", "none"], help="dense against routed, or prompt against empty (the run's)")
+    add("--scale", type=float, help="guidance scale, 1 is none (default: the run's)")
+    add("--interval", default="0:1", help="times LOW:HIGH at which to guide, from 0, data, to 1, noise", type=checked(
+        lambda text: tuple(map(float, text.split(":"))), lambda x: len(x) == 2 and 0 <= x[0] <= x[1] <= 1, "LOW:HIGH"))
+    add("--drop", type=float, help="share of tokens routed around in self guidance (default: the run's)")
+    add("--shift", type=float, help="time shift, more is more steps near noise (default: the run's)")
+    add("--seed", type=SEED, default=0, help="seed of the first picture; the next has the next seed")
+    add("--batch", type=WHOLE, default=32, help="pictures at a time; changes no picture")
+    add("--compile", type=int, choices=[0, 1], default=0, help="torch.compile: half a minute, then faster")
+    add("--device", choices=["cpu", "cuda"], help="cpu or cuda (default: cuda where there is a GPU)")
 
 
-def build_parsers() -> dict[str, tuple[Parser, Callable]]:
-    """One parser a command; "" is plain sampling."""
-    drawer = Parser(prog="sample.py", description="Draw prompts. Other commands, each with --help: score, export, import, curves.")
-    add_sampling_flags(drawer)
-    drawer.add_argument("--prompt", action="append", default=None, help="what to draw; may be given several times")
-    drawer.add_argument("--prompts", default=None, help="file with a prompt a line")
-    drawer.add_argument("--n", type=positive, default=1, help="pictures a prompt")
-    drawer.add_argument("--seeds", type=seed_list, default=None, help="comma list: the seeds of each prompt, in place of --seed "
-                        "and --n")
-    drawer.add_argument("--size", type=image_size, default=None, help="pixels, 512 or 512x768 (height x width) (default: the "
-                        "run's last stage)")
-    drawer.add_argument("--sweep", type=scale_list, nargs="?", const=[1.5, 2.0, 3.0, 5.0, 7.0], default=None, help="draw one "
-                        "prompt with each kind of guidance at these scales, a comma list (1.5,2,3,5,7 if none is given)")
-    drawer.add_argument("--like", type=Path, default=None, help="PNG of sample.py to draw again; other flags change what it says")
-    drawer.add_argument("--out", type=Path, default=Path("out.png"), help="PNG to write, one picture or a sheet of several; or "
-                        "a folder for one PNG a picture")
-
-    scorer = Parser(prog="sample.py score", description="Score pictures of held-out prompts.")
-    add_sampling_flags(scorer)
-    scorer.add_argument("--metric", default="scenes", help=f"comma list of {', '.join(METRICS)} and held_out (the loss); "
-                        "metric:network takes another network, a hub id or folder")
-    scorer.add_argument("--data", default=None, help="data whose held-out rows are drawn, for all but scenes (default: the run's)")
-    scorer.add_argument("--n", type=positive, default=256, help="pictures")
-    scorer.add_argument("--level", choices=list(scenes.LEVELS), default=None, help="level of the scenes (default: the data's)")
-    scorer.add_argument("--out", type=Path, default=None, help="PNG of the first 16 (default: score_METRIC.png beside the "
-                        "checkpoint)")
-
-    exporter = Parser(prog="sample.py export", description="Write a folder that diffusers opens, with a model card.")
-    exporter.add_argument("--checkpoint", required=True, help="a run's folder or its ema.safetensors")
-    exporter.add_argument("--out", type=Path, required=True, help="folder to write; must not exist")
-
-    record = PRESETS["record"]
-    importer = Parser(prog="sample.py import", description="Bring weights of diffusers or of PRX here, to draw with or to start "
-                      "from (--init).")
-    importer.add_argument("--from", dest="source", required=True, help="folder of a diffusers pipeline or transformer, PRX's own "
-                          "weights as .safetensors, or a repository on the hub")
-    importer.add_argument("--out", type=Path, required=True, help="folder to write; must not exist")
-    importer.add_argument("--revision", default=None, help="commit, tag or branch on the hub")
-    importer.add_argument("--text_encoder", default=None, help="hub id, folder or builtin (default: the folder's own)")
-    importer.add_argument("--text_tokens", type=positive, default=record.text_tokens, help="tokens of a prompt, where the folder "
-                          "does not say")
-    importer.add_argument("--size", type=positive, default=None, help="pixels that it draws unless told (default: the folder's, "
-                          f"else {record.stages[0].image_size})")
-    importer.add_argument("--patch", type=positive, default=record.patch, help="of weights that drew latents: pixels a side of a "
-                          "token")
-    importer.add_argument("--bottleneck", type=positive, default=record.bottleneck, help="of weights that drew latents: "
-                          "bottleneck of the pixels")
-
-    plotter = Parser(prog="sample.py curves", description="Draw the curves of runs, over each other.")
-    plotter.add_argument("--runs", required=True, help="comma list of runs' folders")
-    plotter.add_argument("--out", type=Path, default=None, help="PNG to write (default: curves.png of the first run)")
-    return {"": (drawer, on_ranks(sample)), "score": (scorer, on_ranks(score)), "export": (exporter, export),
-            "import": (importer, import_), "curves": (plotter, curves)}
-
-
-def on_ranks(command: Callable) -> Callable:
-    """`command(args, device)` as a function of args, on all ranks that torchrun started, or on one."""
-    def run(args) -> None:
-        device, mesh = ranks.join((args.device or usable_device()) == "cuda")
-        with ranks.together(mesh):
-            try:
-                command(args, device)
-            except (torch.OutOfMemoryError, RuntimeError) as error:
-                if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
-                    raise
-                raise UserError(f"out of memory with {args.batch} pictures at a time: pass a lower --batch, or a smaller "
-                                "--size") from None
-        dist.barrier()
-        dist.destroy_process_group()
-    return run
+def flags_of(args: Namespace, given: list[str]) -> list[str]:
+    """The flags that draw the picture of --like again, from its text; those `given` follow, and count instead."""
+    try:
+        with PngImageFile(args.like) as picture:  # not Image.open, which refuses large ones; text comes before pixels
+            text = picture.text
+        drawn_by = text["checkpoint"]
+        prompts = json.loads(text["prompts"]) if "prompts" in text else [text["prompt"]]
+        seeds = list(map(str, json.loads(text["seeds"]))) if "seeds" in text else [text["seed"]]
+        prompt_flags = [f"--prompt={prompt}" for prompt in prompts]
+    except (OSError, ValueError, SyntaxError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"--like={args.like} is damaged or not by sample.py ({type(error).__name__})") from None
+    if drawn_by != file_sha256(weights_file(args.checkpoint)):
+        raise UserError(f"--like={args.like} was drawn by weights of sha256 {drawn_by[:12]}, not by {args.checkpoint}")
+    names = {flag.partition("=")[0] for flag in given}
+    flags = [] if names & {"--prompt", "--prompts"} else prompt_flags
+    if not names & {"--seed", "--seeds"}:
+        flags.append(f"--seed={seeds[0]}" if "--n" in names else f"--seeds={','.join(seeds)}")
+    same = ("size", "steps", "guidance", "scale", "interval", "drop", "shift", "sweep", "seed_step")
+    return [*flags, *(f"--{name}={text[name]}" for name in same if name in text), *given]
 
 
 def main(argv: list[str]) -> None:
-    parsers = build_parsers()
-    command = argv[0] if argv and not argv[0].startswith("-") else ""
-    if command not in parsers:
-        raise UserError(f"unknown command {command}; known are {', '.join(filter(None, parsers))}, and sampling takes no command")
-    parser, run = parsers[command]
-    flags = argv[1:] if command else argv
-    args = parser.parse_args(flags)
-    if getattr(args, "like", None):
-        args = parser.parse_args(flags_of(args.like, flags) + flags)
-    run(args)
+    moved = {"score": "score.py", "export": "exchange.py export", "import": "exchange.py import", "curves": "curves.py"}
+    if argv and argv[0] in moved:
+        raise UserError(f"`sample.py {argv[0]}` is `python tools/{moved[argv[0]]}` now (--help lists its flags)")
+    parser = Parser(prog="sample.py", description="Draw prompts: one picture, a sheet of several, or a folder.")
+    add_sampling_flags(parser)
+    add = parser.add_argument
+    add("--checkpoint", required=True, help="a run's folder or its ema.safetensors")
+    add("--prompt", action="append", help="what to draw; may be given several times",
+        type=checked(lambda text: text.encode().decode(), lambda text: True, "UTF-8 text"))
+    add("--prompts", help="file with a prompt a line", type=checked(
+        lambda file: list(filter(None, map(str.strip, Path(file).read_text().splitlines()))), bool, "a prompt file"))
+    add("--seed_step", type=int, choices=[0, 1], default=0, help="added to the seeds from one prompt to the next")
+    add("--n", type=WHOLE, default=1, help="pictures a prompt")
+    add("--seeds", help="comma list: the seeds of each prompt, in place of --seed and --n", type=checked(
+        lambda text: list(map(SEED, text.split(","))), lambda n: len(set(n)) == len(n), "a list without repeats"))
+    add("--size", help="pixels, 512 or 512x768 (height x width) (default: the run's last stage)", type=checked(
+        lambda text: tuple(map(int, text.split("x") * (1 if "x" in text else 2))),
+        lambda size: len(size) == 2 and 0 < min(size) <= max(size) < 10**6, "a size in pixels, such as 512 or 512x768"))
+    add("--sweep", nargs="?", const=[1.5, 2.0, 3.0, 5.0, 7.0], type=checked(
+        lambda text: list(map(float, text.split(","))), lambda x: 0 <= min(x) <= max(x) < 1000, "a list of scales"),
+        help="draw one prompt with each kind of guidance at these scales, a comma list (1.5,2,3,5,7 if none is given)")
+    add("--like", type=Path, help="PNG of sample.py to draw again; other flags change what it says")
+    add("--out", default="out.png", help="PNG of one picture or a sheet of several; or a folder for one PNG a picture",
+        type=checked(Path, lambda path: path.suffix in (".png", ""), "a PNG, ending in .png, or a folder, without"))
+    args = parser.parse_args(argv)
+    sample(parser.parse_args(flags_of(args, argv)) if args.like else args)
 
 
 if __name__ == "__main__":

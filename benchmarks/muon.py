@@ -1,17 +1,18 @@
-"""The optimizer's step on the matrices that a model gives to Muon, 112 in the record: ours, torch.optim's and muon-fsdp2's.
+"""The optimizer's step on the matrices that Muon steps, 112 in the record: ours, torch.optim's and muon-fsdp2's.
 
-    python benchmarks/muon.py [--preset=record] [--width=1792] [--ranks=4] [--rounds=5] [--only=one,ranks,fake] [--rank=0]
+    python benchmarks/muon.py [--preset=record] [--width=1792] [--ranks=4] [--rounds=5] [--only=one,ranks,fake]
 
-    one    one device: plain tensors; for muon-fsdp2, whose path for those raises NameError, DTensors on a mesh of one rank
+    one    one device: plain tensors; for muon-fsdp2, which raises NameError on those, DTensors on a mesh of one rank
     ranks  processes that exchange, matrices sharded by rows: NCCL if there is a GPU for each, else gloo on the CPU
-    fake   ours as one rank of 8, 32 and 256 in nodes of 8, on torch's `fake` process group: nothing is sent, `loop_back`
+    fake   ours as rank 0 of 8, 32 and 256 in nodes of 8, on torch's `fake` process group: nothing is sent, `loop_back`
            copies within memory. muon-fsdp2 refuses a mesh of two dimensions, and torch.optim.Muon's matrix products
            exchange all the time, so that its time without exchanges would say nothing
 
-All arms have the same weights, Gaussian gradients, learning rate, momentum and scale, and 5 Newton-Schulz steps in bf16,
-which the other two always use. Before anything is timed, one step of each, in which muon-fsdp2 compiles its loop, is
-compared with torch.optim.Muon's of the whole matrices. Then the arms take turns, a step each a round; a step is as long as
-on the slowest rank. On a CPU the width is 256 unless --width says otherwise: the record's would take minutes a step.
+All arms have the same weights, Gaussian gradients, learning rate, momentum and scale, and 5 Newton-Schulz steps in bf16
+with Jordan's coefficients, as the other two always have. Before anything is timed, one step of each, in which
+muon-fsdp2 compiles its loop, is compared with torch.optim.Muon's of the whole matrices. Then the arms take turns, a
+step each a round; a step is as long as on the slowest rank. On a CPU the width is 256 unless --width says otherwise:
+the record's would take minutes a step.
 """
 import contextlib
 import importlib.util
@@ -35,20 +36,19 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project's root
 
 import muon  # noqa: E402
-from benchmarks.plan import clock, hardware, parameter_groups, plural  # noqa: E402
 from muon import Muon, local, newton_schulz_cost  # noqa: E402
-from shards import UserError  # noqa: E402
-from train_prx import PRESETS, Parser, compiles, run_main  # noqa: E402
+from tools.plan import clock, hardware, parameter_groups, plural  # noqa: E402
+from train_prx import PRESETS, Parser, UserError, compiles, run_main  # noqa: E402
 
 SETTINGS = ("one", "ranks", "fake")
 NODE, WORLDS = 8, (8, 32, 256)  # ranks of a node, and of the fake groups
 CPU_WIDTH = 256
 SAME = dict(lr=1e-4, momentum=0.95, nesterov=True, ns_steps=5, weight_decay=0.0)  # all three know them by these names
-# From float64, Newton-Schulz in bf16 is 1.2e-2 away in ours and torch's and, with two more roundings an iteration, 2.8e-2
-# in muon-fsdp2's at width 256; 1.6e-2 and 3.4e-2 at width 64 (measured on a CPU). Two of them differ by at most the sum.
+# From float64, Newton-Schulz in bf16 is 1.2e-2 away in ours and torch's and, with two more roundings a step, 2.8e-2 in
+# muon-fsdp2's at width 256; 1.6e-2 and 3.4e-2 at width 64 (measured on a CPU). Two of them differ by at most the sum.
 TOLERANCE = 5e-2
 
 Found = dict[str, tuple[float, list[float]]]  # arm -> its largest difference, the seconds of its steps
@@ -95,7 +95,7 @@ def gaussian(kind: str, i: int, shape: torch.Size, device: torch.device) -> Tens
 
 
 def my_rows(whole: Tensor, mesh: DeviceMesh) -> Tensor:
-    """A copy of this rank's rows of a matrix, [m, n] -> [m / shards, n], as FSDP2 shards over the mesh's last dimension."""
+    """A copy of this rank's rows of a matrix, [m, n] -> [m / shards, n], over the mesh's last dimension as in FSDP2."""
     return whole.chunk(mesh.shape[-1])[mesh.get_local_rank(mesh.ndim - 1)].clone()
 
 
@@ -190,8 +190,8 @@ def compare(ranks: int, shapes: list[torch.Size], device: torch.device, rounds: 
         found: Found = json.loads(Path(folder, "found.json").read_text())
     for name, (difference, seconds) in found.items():
         if not difference <= TOLERANCE:
-            raise UserError(f"the first update of {name} is {difference:.2g} of its norm from torch.optim.Muon's of whole "
-                            f"matrices; bf16 explains {TOLERANCE:g}")
+            raise UserError(f"the first update of {name} is {difference:.2g} of its norm from torch.optim.Muon's of "
+                            f"whole matrices; bf16 explains {TOLERANCE:g}")
     print(f"  {'arm':18}{'median ms':>10}{'min to max':>21}{'/ ours':>9}{'difference':>12}")
     for name in ARMS:
         if missing(name, device):
@@ -217,14 +217,15 @@ class Done:
 def loop_back() -> Iterator[dict[tuple[int, ...], list[int]]]:
     """Within this context collectives copy this rank's input to its output, as often as it fits; nothing becomes zeros.
 
-    For the `fake` process group, which in torch 2.11 leaves an all-to-all's output as it was allocated. Yields the bytes
-    [sent, received] that this rank would exchange with others, by the ranks of the group.
+    For the `fake` process group, which in torch 2.11 leaves an all-to-all's output as it was allocated. Yields the
+    bytes [sent, received] that this rank would exchange with others, by the ranks of the group.
     """
     traffic = defaultdict(lambda: [0, 0])
 
     def loop(output: Tensor, source: Tensor, sent: int, received: int, group, async_op: bool) -> Done | None:
         total = traffic[tuple(dist.get_process_group_ranks(group))]
-        total[0], total[1] = total[0] + sent, total[1] + received
+        total[0] += sent
+        total[1] += received
         source = source.reshape(-1) if source.numel() else torch.zeros_like(output).view(-1)
         for piece in output.view(-1).split(max(1, len(source))):
             piece.copy_(source[: len(piece)])
@@ -233,7 +234,7 @@ def loop_back() -> Iterator[dict[tuple[int, ...], list[int]]]:
     def mine(x: Tensor, sizes: list[int] | None, group) -> Tensor:
         return x.split(sizes or len(x) // dist.get_world_size(group))[dist.get_rank(group)]
 
-    def all_to_all_single(output, input, output_split_sizes=None, input_split_sizes=None, group=None, async_op=False):
+    def all_to_all(output, input, output_split_sizes=None, input_split_sizes=None, group=None, async_op=False):
         return loop(output, input, input.nbytes - mine(input, input_split_sizes, group).nbytes,
                     output.nbytes - mine(output, output_split_sizes, group).nbytes, group, async_op)
 
@@ -245,15 +246,15 @@ def loop_back() -> Iterator[dict[tuple[int, ...], list[int]]]:
         others = input.nbytes - output.nbytes
         return loop(output, mine(input, None, group), others, others, group, async_op)
 
-    loops = {"all_to_all_single": all_to_all_single, "all_gather_into_tensor": all_gather, "reduce_scatter_tensor": reduce_scatter,
-             "all_gather_single": all_gather, "reduce_scatter_single": reduce_scatter}  # the latter two from torch 2.14 on
+    loops = {"all_to_all_single": all_to_all, "all_gather_into_tensor": all_gather, "all_gather_single": all_gather,
+             "reduce_scatter_tensor": reduce_scatter, "reduce_scatter_single": reduce_scatter}  # two from torch 2.14 on
     with mock.patch.multiple(dist, **{name: loop for name, loop in loops.items() if hasattr(dist, name)}):
         yield traffic
 
 
-def measure_fake(rank: int, world: int, shapes: list[torch.Size], device: torch.device, rounds: int) -> str:
-    """The table's row of rank `rank` of `world`. A process can do this once a world: torch caches meshes of equal shape."""
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
+def measure_fake(world: int, shapes: list[torch.Size], device: torch.device, rounds: int) -> str:
+    """The table's row of rank 0 of `world`. A process can do this once a world: torch caches meshes of equal shape."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
     mesh = init_device_mesh(device.type, (world // NODE, NODE), mesh_dim_names=("replicate", "shard"))
     arm, owned, honest = Arm(ours, shapes, mesh, plain=False), [], muon.newton_schulz
     grads = [my_rows(gaussian("gradients", i, shape, device), mesh) for i, shape in enumerate(shapes)]
@@ -275,7 +276,7 @@ def measure_fake(rank: int, world: int, shapes: list[torch.Size], device: torch.
             peak = f"{(torch.cuda.max_memory_allocated() - before) / 1e6:,.0f}"
     dist.destroy_process_group()
     columns = "".join(f"{sent / 1e6:10,.1f} /{received / 1e6:8,.1f}" for sent, received in moved)
-    return (f"  {f'{rank} of {world}':11}{spread(seconds)}{len(owned):10}{tflop(owned):10.4f}"
+    return (f"  {f'0 of {world}':11}{spread(seconds)}{len(owned):10}{tflop(owned):10.4f}"
             f"{tflop(owned) * world / tflop(shapes):8.2f}{columns}{peak:>14}")
 
 
@@ -294,13 +295,12 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--ranks", type=int, default=4, help="processes that exchange")
     parser.add_argument("--rounds", type=int, default=5, help="timed steps of each arm")
     parser.add_argument("--only", default=",".join(SETTINGS), help="what to measure, comma separated")
-    parser.add_argument("--rank", type=int, default=0, help="which rank of the fake groups; those without it are left out")
     args = parser.parse_args(argv)
     settings = args.only.split(",")
     if not set(settings) <= set(SETTINGS):
         parser.error(f"--only={args.only} is not of {','.join(SETTINGS)}")
-    if args.rounds < 1 or args.ranks < 2 or not 0 <= args.rank < max(WORLDS) or (args.width or 1) < 1:
-        parser.error(f"--width and --rounds start at 1, --ranks at 2, and --rank ends at {max(WORLDS) - 1}")
+    if args.rounds < 1 or args.ranks < 2 or (args.width or 1) < 1:
+        parser.error("--width and --rounds start at 1, --ranks at 2")
     gpus = torch.cuda.device_count()
     one, many = (torch.device("cuda" if gpus >= wanted else "cpu") for wanted in (1, args.ranks))
     print(f"{hardware(one)}, {plural(os.cpu_count(), 'core')}, torch {torch.__version__}; preset {args.preset}, "
@@ -326,8 +326,7 @@ def main(argv: list[str]) -> None:
         print(f"  {'rank':11}{'median ms':>10}{'min to max':>21}{'matrices':>10}{'TFLOP':>10}{'/ mean':>8}"
               f"{'node, MB out / in':>20}{'beyond, MB out / in':>20}{'MB peak':>14}")
         for world in WORLDS:
-            if args.rank < world:
-                print(measure_fake(args.rank, world, shapes, one, args.rounds))
+            print(measure_fake(world, shapes, one, args.rounds))
 
 
 if __name__ == "__main__":

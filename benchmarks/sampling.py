@@ -1,12 +1,12 @@
 """Sampling: `train_prx.generate` beside diffusers' PRXPixelPipeline, same weights, prompts, noise and time grid.
 
-    python benchmarks/sampling.py                        a GPU: the record at 512px; none: its sequences in a small model
+    python benchmarks/sampling.py                        a GPU: the record at 512px; none: its sequences, a small model
     python benchmarks/sampling.py --size=1024 --batch=1
 
-diffusers knows classifier-free guidance alone, and its pipeline takes one prompt at a time (0.42.1 fails on more); both run
-the two passes of guidance as one batch. The pictures are compared first. Text latents are given, of as many tokens as captions
-have, padded for diffusers as its pipeline pads them. `compiled`: the blocks, with torch.compile, in both. Our `self` guidance
-is timed for information: half of the tokens of its second pass are routed around most blocks. `ours is`: the median of the
+diffusers knows classifier-free guidance alone, and its pipeline takes one prompt at a time (0.42.1 fails on more); it
+runs the two passes of guidance as one batch. The pictures are compared first. Text latents are given, of as many tokens
+as captions have, padded as both pad them. `compiled`: the blocks, with torch.compile, in both. Our `self` guidance is
+timed for information: half of the tokens of its second pass are routed around most blocks. `ours is`: the median of the
 rounds' ratios, since a machine with other work on it is slow for seconds at a time.
 """
 import logging
@@ -17,13 +17,12 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project's root
 
-from benchmarks.plan import clock, hardware, synthetic_batch  # noqa: E402
-from exchange import diffusers_config  # noqa: E402
-from shards import UserError  # noqa: E402
-from train_prx import PRESETS, PRX, Parser, Stage, compiles, compute_dtype, generate, run_main, shift_t  # noqa: E402
-from weights import to_diffusers  # noqa: E402
+from tools.exchange import diffusers_config, to_diffusers  # noqa: E402
+from tools.plan import clock, hardware, perturb, synthetic_batch  # noqa: E402
+from train_prx import (  # noqa: E402
+    PRESETS, PRX, Parser, Stage, UserError, compiles, compute_dtype, generate, run_main, shift_t)
 
 SMALL = dict(patch=4, bottleneck=48, width=128, heads=4, depth=6, text_dim=256)  # 256 tokens at 64px
 
@@ -45,7 +44,7 @@ def main(argv: list[str]) -> None:
         raise UserError("the diffusers arms need it: pip install diffusers==0.42.1") from None
     cfg = PRESETS["record"] if cuda else replace(PRESETS["record"], **SMALL)
     if min(own.size, own.batch, own.steps, own.rounds) < 1 or own.size % cfg.patch:
-        raise UserError(f"--size={own.size} must be a multiple of {cfg.patch}, and --batch, --steps and --rounds at least 1")
+        raise UserError(f"--size={own.size} must be a multiple of {cfg.patch}; --batch, --steps, --rounds at least 1")
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # of absent CUDA
     torch._dynamo.config.recompile_limit = 64  # as sample.py has it
     diffusers_logging.set_verbosity_error()  # of timesteps without sigmas, at every call
@@ -54,38 +53,39 @@ def main(argv: list[str]) -> None:
     dtype = compute_dtype(cfg, device)
 
     model = PRX(cfg).eval().requires_grad_(False)
-    for p in model.parameters():
-        if not p.any():
-            p.normal_(0, 0.02)
+    perturb(model)
     transformer = PRXTransformer2DModel(**diffusers_config(cfg))
     model.repa_projector = None
     transformer.load_state_dict(to_diffusers(model.state_dict()))
     model, transformer = model.to(device, dtype), transformer.to(device, dtype).eval()
-    pipeline = PRXPixelPipeline(transformer, FlowMatchEulerDiscreteScheduler(shift=1.0), None, None, own.size, noise_scale=1.0)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
+    pipeline = PRXPixelPipeline(transformer, scheduler, None, None, own.size, noise_scale=1.0)
     pipeline.set_progress_bar_config(disable=True)
     batch = synthetic_batch(replace(cfg, micro_batch=own.batch), Stage(own.size, 1, own.batch, False), device)
     txt, txt_mask = batch["txt"].to(dtype), batch["txt_mask"]
-    null_txt, null_mask = txt[:1], torch.arange(cfg.text_tokens, device=device)[None] < 1  # the empty prompt has one token
+    null_txt, null_mask = txt[:1], torch.arange(cfg.text_tokens, device=device)[None] < 1  # the empty prompt: one token
     null_txt = torch.randn(null_txt.shape, generator=torch.Generator().manual_seed(1)).to(txt) * null_mask[:, :, None]
     seeds = list(range(own.batch))
-    noise = torch.stack([torch.randn(3, own.size, own.size, generator=torch.Generator().manual_seed(s)) for s in seeds]).to(device)
+    shape, generators = (3, own.size, own.size), [torch.Generator().manual_seed(seed) for seed in seeds]
+    noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(device)
     grid = (1000 * shift_t(torch.linspace(1, 0, own.steps + 1), cfg.shift))[:-1].tolist()
 
     def ours(at_once: int = 1, guidance: str = "cfg") -> torch.Tensor:
         parts = [slice(i, i + at_once) for i in range(0, own.batch, at_once)]
         return torch.cat([generate(
-            model, txt[part], txt_mask[part], null_txt=null_txt, null_mask=null_mask, size=(own.size, own.size), steps=own.steps,
+            model, txt[part], txt_mask[part], null_txt=null_txt, null_mask=null_mask, size=shape[1:], steps=own.steps,
             guidance=guidance, scale=own.scale, drop=cfg.drop, seeds=seeds[part], shift=cfg.shift) for part in parts])
 
     def theirs() -> torch.Tensor:
         return torch.cat([pipeline(
             prompt_embeds=txt[i : i + 1], prompt_attention_mask=txt_mask[i : i + 1], negative_prompt_embeds=null_txt,
-            negative_prompt_attention_mask=null_mask, timesteps=grid, height=own.size, width=own.size, guidance_scale=own.scale,
-            latents=noise[i : i + 1].to(dtype), output_type="pt", use_resolution_binning=False).images
+            negative_prompt_attention_mask=null_mask, timesteps=grid, height=own.size, width=own.size,
+            guidance_scale=own.scale, latents=noise[i : i + 1].to(dtype), output_type="pt",
+            use_resolution_binning=False).images
             for i in range(own.batch)]).float().clamp(-1, 1)
 
-    print(f"{hardware(device)}, torch {torch.__version__}; {own.batch} pictures of {own.size}px, {own.steps} steps, cfg, {dtype}, "
-          f"{txt_mask.sum().item() / own.batch:.0f} of {cfg.text_tokens} text tokens a prompt")
+    print(f"{hardware(device)}, torch {torch.__version__}; {own.batch} pictures of {own.size}px, {own.steps} steps, "
+          f"cfg, {dtype}, {txt_mask.sum().item() / own.batch:.0f} of {cfg.text_tokens} text tokens a prompt")
     difference = (ours() - theirs()).abs()
     print(f"pictures in [-1, 1] differ by at most {difference.max():.1e}, {difference.mean():.1e} on average")
     if not cuda and difference.max() > 1e-4:
