@@ -1,6 +1,6 @@
 """Kill a run of the demo again and again, and see that the same command always continues it, to the same bits.
 
-    python tests/kills.py --kills=100 [any flag of train_prx.py]      about 20 minutes; the output is in kills.txt
+    python tests/kills.py --kills=100 [any flag of train_prx.py]      about 20 minutes
 
 Every kill is `kill -9`: of ten, one hits the start, five a random moment around a step, and four the writing of a
 checkpoint (up to 50 ms after it began). Then weights, average, optimizer and every logged loss are compared, bit for
