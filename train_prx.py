@@ -362,7 +362,8 @@ def generate(model, txt: Tensor, txt_mask: Tensor | None, *, null_txt: Tensor, n
     is_guided = [guidance != "none" and scale != 1 and interval[0] <= t <= interval[1] for t in grid[:-1]]
     prompts = [(txt, txt_mask), (null_txt, null_mask)][: 2 if guidance == "cfg" else 1]  # in one batch
     masks = [torch.ones(x.shape[:2], dtype=torch.bool, device=device) if mask is None else mask for x, mask in prompts]
-    L = max(x.shape[1] for x, _ in prompts)
+    longest = max(1, *(int(mask.sum(1).max()) for mask in masks))  # tokens of a prompt, and in steps of 32:
+    L = min(-(-longest // 32) * 32, max(x.shape[1] for x, _ in prompts))
     txt = torch.cat([F.pad(x, (0, 0, 0, L - x.shape[1])).expand(B, -1, -1) for x, _ in prompts])  # [B or 2 B, L, D]
     txt_mask = torch.cat([F.pad(mask, (0, L - mask.shape[1])).expand(B, -1) for mask in masks])  # [B or 2 B, L]
     text_kv = model.embed_text(txt) if isinstance(model, PRX) else []  # once, not once a step
@@ -1441,7 +1442,6 @@ def train(cfg: Config, resume: str, stages: list[tuple[Stage, int, Chunks]], ide
                 run.log(f"step {step}/{end}  {said}  {rate:.1f} images/s  {seconds:.2f} s  {left} left"
                         + (f"  skipped {skipped}" if skipped else ""), step=step, **means, seconds=seconds,
                         lr=cfg.lr * lr_factor(cfg, step - 1), images_per_second=rate, skipped=skipped)
-
                 if save_due or snapshot_due or stop:
                     run.save(state, step)
                 drawing = ema.applied() if eval_due or sample_due else contextlib.nullcontext()
