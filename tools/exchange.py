@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 import sys
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -360,7 +361,9 @@ def start_from(source: Path, out: Path, flags: list[str]) -> None:
              "optimizer": {name: optimizer.state[p] for name, p in parameters.items()},
              "progress": {name: torch.zeros((), dtype=torch.float64) for name in ("step", "seconds", "skipped")}}
     with new_folder(out) as aside:
-        dcp.save(state, checkpoint_id=aside, no_dist=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as one process means it to be
+            dcp.save(state, checkpoint_id=aside, no_dist=True)
         about = {**identity, "step": 0, "seconds": 0.0, "init": source.name}
         (aside / "run.json").write_text(json.dumps(about))
     print(f"python train_prx.py --resume={out} {' '.join(flags)}")
